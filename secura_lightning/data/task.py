@@ -1,0 +1,45 @@
+"""The interface of one task: a LightningDataModule that says where its rows come from and how they are scored."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from lightning.pytorch import LightningDataModule
+
+from secura_lightning.data.rows import Row
+
+Split = Literal["train", "validation", "test"]
+
+
+class Task(LightningDataModule, ABC):
+    """One task of a sequence.
+
+    Subclasses implement :meth:`load`; everything else (encoding, batching, evaluation) is shared.
+
+    Args:
+        name: Short name: the column of the matrix and the TensorBoard curve.
+        metric: Key of :data:`secura_lightning.metrics.text.METRICS` that scores one prediction in 0..1.
+        max_new_tokens: Longest answer that evaluation generates, in tokens. Ignored where rows have choices.
+        separator: Text between prompt and answer.
+        seed: Seed of whatever the task draws (generated rows, splits).
+    """
+
+    def __init__(self, name: str, metric: str, max_new_tokens: int = 32, separator: str = " ", seed: int = 0) -> None:
+        super().__init__()
+        self.name = name
+        self.metric = metric
+        self.max_new_tokens = max_new_tokens
+        self.separator = separator
+        self.seed = seed
+        self._rows: dict[str, list[Row]] = {}
+
+    @abstractmethod
+    def load(self, split: Split) -> list[Row]:
+        """Read or generate the rows of one split, in a fixed order. Called once per split."""
+
+    def rows(self, split: Split) -> list[Row]:
+        """The rows of ``split``, loaded on first use."""
+        if split not in self._rows:
+            self._rows[split] = self.load(split)
+        return self._rows[split]
