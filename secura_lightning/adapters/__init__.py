@@ -1,0 +1,11 @@
+"""Adapters: frozen modules with a trained change beside them. Pure torch."""
+
+from secura_lightning.adapters.base import AdapterConfig, AdapterLayer, Fusion
+from secura_lightning.adapters.full import FullConfig
+from secura_lightning.adapters.inject import AdapterSet, inject
+from secura_lightning.adapters.lora import LoRAConfig
+
+__all__ = ["AdapterConfig", "AdapterLayer", "AdapterSet", "FullConfig", "Fusion", "LoRAConfig", "inject"]
+from secura_lightning.adapters.describe import describe_adapter, rebuild_adapter  # noqa: E402  (lead: sort me in)
+
+__all__ += ["describe_adapter", "rebuild_adapter"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -32,9 +33,14 @@ class Encoded:
         truncated: How many prompt tokens were dropped to fit.
     """
 
-    ids: list[int]
+    ids: Sequence[int]
     n_prompt: int
     truncated: int = 0
+
+    @property
+    def n_trained(self) -> int:
+        """How many tokens are predicted: all but the prompt, and never the first."""
+        return len(self.ids) - max(1, self.n_prompt)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -114,7 +120,18 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
     labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
     for i, row in enumerate(rows):
         n = len(row.ids)
-        ids[i, :n] = torch.tensor(row.ids)
+        ids[i, :n] = torch.as_tensor(row.ids)
         mask[i, :n] = 1
         labels[i, row.n_prompt : n] = ids[i, row.n_prompt : n]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def pack(documents: Sequence[Sequence[int]], length: int) -> list[Encoded]:
+    """Concatenate whole documents and cut them into blocks of ``length`` tokens, every token trained.
+
+    The tail that fills no block is dropped (fewer than ``length`` tokens). Documents in one block see each other,
+    as is usual for pretraining.
+    """
+    stream = np.fromiter((token for document in documents for token in document), dtype=np.int32)
+    blocks = stream[: len(stream) // length * length].reshape(-1, length)
+    return [Encoded(block, 0) for block in blocks]  # type: ignore[arg-type]

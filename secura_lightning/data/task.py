@@ -23,7 +23,12 @@ class Task(LightningDataModule, ABC):
         max_new_tokens: Longest answer that evaluation generates, in tokens. Ignored where rows have choices.
         separator: Text between prompt and answer.
         seed: Seed of whatever the task draws (generated rows, splits).
+
+    Attributes:
+        is_text: Rows are whole documents (``answer`` without a prompt), packed into blocks for language modelling.
     """
+
+    is_text = False
 
     def __init__(self, name: str, metric: str, max_new_tokens: int = 32, separator: str = " ", seed: int = 0) -> None:
         super().__init__()

@@ -1,0 +1,1 @@
+"""Scoring a model: generation, multiple choice by likelihood, perplexity."""

@@ -1,0 +1,1 @@
+"""Metrics over the accuracy matrix (numpy) and over predicted text."""

@@ -1,0 +1,1 @@
+"""The embedded default: the pocket model's facts, corpus, tokenizer, probe and task worlds."""

@@ -1,0 +1,197 @@
+"""What every adapter is: a frozen module, a trained change beside it, and one interface over both.
+
+Each adapter of this package computes ``W0 + norm(L R)`` (see :mod:`secura_lightning.adapters.delta`) or trains a clone of ``W0``
+(:mod:`secura_lightning.adapters.full`). ``W0`` is never written: it stays in ``layer.base``, so switching an adapter off gives the
+base model back bit for bit. Only :meth:`AdapterSet.merge_ <secura_lightning.adapters.inject.AdapterSet.merge_>` writes weights.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from secura_lightning.adapters.numerics import dense_weight, is_linear, stored_layout, work_dtype
+from secura_lightning.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`ConfigError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+class AdapterConfig(ABC):
+    """Base of every adapter's settings: choose one with ``model.adapter.class_path``.
+
+    A subclass is a keyword-only dataclass that derives from :class:`TargetedConfig`; the command line finds it by its name.
+    """
+
+    targets: str | list[str]
+    exclude: str | None
+    keywords: ClassVar[tuple[str, ...]] = (ALL_LINEAR,)
+
+    @abstractmethod
+    def build(self, name: str, base: nn.Module, generator: torch.Generator) -> AdapterLayer:
+        """Wrap ``base``, which is found at ``name`` in the model.
+
+        Args:
+            name: Dotted path of the module, for messages and for settings that depend on it.
+            base: The frozen module.
+            generator: CPU generator of this module's own random numbers.
+
+        Raises:
+            ConfigError: The settings do not fit this module; the message names the key and the module.
+        """
+
+    def accepts(self, module: nn.Module) -> bool:
+        """Whether this adapter can wrap ``module``."""
+        return is_linear(module)
+
+    def check_model(self, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+        """Refuse what only the whole model shows, before anything is changed. Nothing by default."""
+
+
+@dataclass(kw_only=True)
+class TargetedConfig(AdapterConfig):
+    """Which modules an adapter wraps; the part of the settings that all adapters share."""
+
+    targets: str | list[str] = ALL_LINEAR
+    """Modules to adapt: names or dotted suffixes such as `q_proj` or `self_attn.q_proj`, or `all-linear`: every linear layer but
+    the output head."""
+    exclude: str | None = None
+    """Regular expression: modules whose full name it matches somewhere are left alone."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        require(bool(self.targets), "model.adapter.targets is empty: name modules, or use all-linear")
+        try:
+            re.compile(self.exclude or "")
+        except re.error as error:
+            raise ConfigError(
+                f"model.adapter.exclude is not a regular expression ({error}): {self.exclude!r}; escape special characters"
+            ) from None
+
+
+@dataclass
+class Fusion:
+    """What one fusion, or one task's end, did to a layer."""
+
+    reset: list[nn.Parameter] = field(default_factory=list)
+    """Parameters that were set back, whose optimizer state must be forgotten."""
+    logs: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars to log."""
+
+
+class AdapterLayer(nn.Module, ABC):
+    """A frozen module and its trained change.
+
+    The layer's own parameters and persistent buffers are exactly what a checkpoint needs. Whatever follows from ``W0`` and those
+    is a non-persistent buffer that :meth:`refresh` brings up to date after a load. Attributes that the layer lacks are read from
+    the base, so that model code may go on asking for ``in_features``, ``weight.dtype`` or ``padding_idx``.
+
+    Attributes:
+        base: The frozen module.
+        enabled: While false, the layer is the base module.
+    """
+
+    enabled: bool
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.enabled = True
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":  # not set yet: asking the base for it would never end
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers ties weights by assigning `module.weight`, which must reach the module that owns the weight.
+        if name in ("weight", "bias") and (value is None or isinstance(value, Tensor)):
+            self._set_tied(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _set_tied(self, name: str, value: Tensor | None) -> None:
+        setattr(self.base, name, value)
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """Type of the adapter's own tensors."""
+        return work_dtype(self.base)
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base module's forward with the change added, or without it while ``enabled`` is false."""
+
+    @abstractmethod
+    def delta_weight(self) -> Tensor:
+        """The exact change of the dense weight, (out, in) in the working type: what merging adds. No gradient."""
+
+    def delta_bias(self) -> Tensor | None:
+        """The change of the bias, or None where the adapter has none. No gradient."""
+        return None
+
+    def merged_weight(self) -> Tensor:
+        """The weight with the change, summed in the working type and rounded once, in the base's type and layout."""
+        merged = dense_weight(self.base).to(self.work_dtype) + self.delta_weight()
+        return stored_layout(self.base, merged).to(cast(Tensor, self.base.weight).dtype).contiguous()
+
+    def merged_bias(self) -> Tensor | None:
+        """The bias with its change, in the weight's type; None where there is neither."""
+        bias, change = cast(Tensor | None, self.base.bias), self.delta_bias()
+        if change is None:
+            return None if bias is None else bias.detach().clone()
+        total = change if bias is None else bias.detach().to(change.dtype) + change
+        return total.to(cast(Tensor, self.base.weight).dtype)
+
+    def end_task(self) -> Fusion:
+        """Called once when a task ends."""
+        return Fusion()
+
+    def after_step(self, step: int) -> Fusion:
+        """Called after optimizer step number ``step`` (the first is 1)."""
+        return Fusion()
+
+    def telemetry(self) -> dict[str, Tensor]:
+        """Scalars that describe the change, on the layer's device: at least ``relative_change`` = ||dW|| / ||W0||."""
+        with torch.no_grad():
+            base = dense_weight(self.base).to(self.work_dtype)
+            return {"relative_change": self.delta_weight().norm() / base.norm().clamp_min(torch.finfo(base.dtype).tiny)}
+
+    def share_clones(self, clones: dict[int, nn.Parameter]) -> None:
+        """Take the trained clone of a weight that an earlier layer already cloned. Nothing by default.
+
+        Args:
+            clones: Trained clones by the id of the frozen parameter; the layer adds its own.
+        """
+
+    def merge_key(self) -> int:
+        """Layers with equal keys merge into one shared weight."""
+        return id(self)
+
+    def refresh(self) -> None:
+        """Recompute what follows from the loaded tensors. Nothing by default."""
+
+    def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that a checkpoint needs: own parameters, then own persistent buffers."""
+        yield from ((name, value) for name, value in self._parameters.items() if value is not None)
+        for name, value in self._buffers.items():
+            if value is not None and name not in self._non_persistent_buffers_set:
+                yield name, value

@@ -1,0 +1,184 @@
+"""Adapters whose change is ``norm(L R)``: one forward, one merge, one set of settings for all of them.
+
+A method says what its factors are, how they start, and its fast path; the norm is a setting::
+
+    y = x (W0 + norm(L R))^T + b + db          L (out, k), R (k, in)
+
+Weight-level maths (factors, Gram matrices, norms) is fp32 whatever autocast says; only products with tokens run in the base's
+output type.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from secura_lightning.adapters.base import AdapterLayer, TargetedConfig, require
+from secura_lightning.adapters.element import element_linear
+from secura_lightning.adapters.norm import Granularity, SMagNorm
+from secura_lightning.adapters.numerics import dense_weight, linear_shape, no_autocast, row_products
+
+
+@dataclass(kw_only=True)
+class DeltaConfig(TargetedConfig):
+    """Settings of every adapter with a change ``L R``: targets, S-MagNorm, bias."""
+
+    norm: Granularity = "none"
+    """S-MagNorm on the change: `none`, `row` (keeps the rank) or `element` (protects most, costs one more weight-sized matmul)."""
+    norm_s: float = 6.0
+    """Scale of the norm's sigmoid: no weight (or row) moves by more than 2/s of its size."""
+    norm_eps: float = 1e-3
+    """Floor of a weight's size in the norm, as a fraction of the matrix' root mean square."""
+    detach_norm: bool = False
+    """Treat the norm's divisor as a constant in backward."""
+    bias: bool = False
+    """Also train a change of each module's bias."""
+
+    def __post_init__(self) -> None:
+        """Check the norm's values.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        super().__post_init__()
+        choices = ("none", "row", "element")
+        require(self.norm in choices, f"model.adapter.norm is {self.norm!r}: choose one of {', '.join(choices)}")
+        require(self.norm_s > 0, f"model.adapter.norm_s is {self.norm_s}: it must be above 0 (the default is 6)")
+        require(
+            self.norm_eps > 0, f"model.adapter.norm_eps is {self.norm_eps}: it must be above 0 (the default is 1e-3)"
+        )
+
+    def smagnorm(self) -> SMagNorm:
+        """The norm component of these settings."""
+        return SMagNorm(self.norm, self.norm_s, self.norm_eps, self.detach_norm)
+
+
+class DeltaLayer(AdapterLayer):
+    """A linear module with a change ``norm(L R)``.
+
+    Args:
+        base: ``nn.Linear``, transformers' ``Conv1D`` or a bitsandbytes layer.
+        config: Settings that all such adapters share.
+
+    Attributes:
+        base_norm: [out] norms of W0's rows, not below ``floor * sqrt(in)`` so that a row of zeros divides nothing by zero.
+        floor: eps * rms(W0).
+    """
+
+    base_norm: Tensor
+    bias_change: nn.Parameter | None
+
+    def __init__(self, base: nn.Module, config: DeltaConfig) -> None:
+        super().__init__(base)
+        self.out_features, self.in_features = linear_shape(base)
+        self.norm = config.smagnorm()
+        norms = torch.linalg.vector_norm(dense_weight(base), dim=1, dtype=self.work_dtype)
+        self.floor = self.norm.floor(norms, self.in_features)
+        self.register_buffer("base_norm", norms.clamp_min(self.floor * self.in_features**0.5), persistent=False)
+        change = nn.Parameter(self.new_zeros(self.out_features)) if config.bias else None
+        self.register_parameter("bias_change", change)
+
+    def new_zeros(self, *shape: int) -> Tensor:
+        """Zeros in the working type on the base's device."""
+        return torch.zeros(*shape, dtype=self.work_dtype, device=cast(Tensor, self.base.weight).device)
+
+    @property
+    def reference_norm(self) -> Tensor:
+        """[out] row norms that the norm measures against; those of W0 unless a method moves its reference."""
+        return self.base_norm
+
+    @property
+    def fused_weight(self) -> Tensor | None:
+        """[out, in] dense change that is already part of the reference of ``norm: element``; usually None."""
+        return None
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """L [out, k] and R [k, in] in the working type, with gradient: the change before the norm is L R."""
+
+    @abstractmethod
+    def add_change(self, x: Tensor, y0: Tensor, scale: Tensor | None) -> Tensor:
+        """The method's fast path: ``y0 + x (diag(scale) L R)^T``.
+
+        Args:
+            x: [..., in] input.
+            y0: [..., out] output of the base; its type is the type for token matmuls.
+            scale: [out] row scale of S-MagNorm, or None for 1.
+        """
+
+    def delta_row_square(self) -> Tensor:
+        """[out] squared norms of the rows of L R, with gradient."""
+        left, right = self.factors()
+        return row_products(left, right @ right.t())
+
+    def row_scale(self) -> Tensor | None:
+        """[out] row scale of S-MagNorm, or None unless the norm is per row."""
+        if self.norm.granularity != "row":
+            return None
+        return self.norm.row_scale(self.delta_row_square(), self.reference_norm)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., in] -> [..., out]."""
+        if not self.enabled:
+            return cast(Tensor, self.base(x, *args, **kwargs))
+        if self.norm.granularity == "element":
+            with no_autocast(x):
+                left, right = self.factors()
+            y = element_linear(x, left, right, self.base, self.norm, self.floor, self.fused_weight)
+        else:
+            y0 = self.base(x, *args, **kwargs)
+            with no_autocast(x):
+                scale = self.row_scale()
+                y = self.add_change(x, y0, scale)
+        return y if self.bias_change is None else y + self.bias_change.to(y.dtype)
+
+    def low_rank_delta(self) -> tuple[Tensor, Tensor] | None:
+        """The exact change after the norm as factors (left, right), or None where the norm makes it full rank. No gradient."""
+        if self.norm.granularity == "element":
+            return None
+        with torch.no_grad():
+            (left, right), scale = self.factors(), self.row_scale()
+            return (left if scale is None else scale.unsqueeze(-1) * left), right
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """The exact change of the weight after the norm, [out, in]."""
+        low_rank = self.low_rank_delta()
+        if low_rank is not None:
+            return low_rank[0] @ low_rank[1]
+        left, right = self.factors()
+        reference, fused = dense_weight(self.base).to(left.dtype), self.fused_weight
+        if fused is None:
+            return self.norm.element_change(reference, left @ right, self.floor)
+        return fused + self.norm.element_change(reference + fused, left @ right, self.floor)
+
+    def delta_bias(self) -> Tensor | None:
+        """The trained change of the bias, [out]."""
+        return None if self.bias_change is None else self.bias_change.detach()
+
+    @torch.no_grad()
+    def telemetry(self) -> dict[str, Tensor]:
+        """``relative_change`` = ||dW_fin|| / ||W0|| and ``restraint`` = the norm's mean divisor M. No host sync."""
+        low_rank = self.low_rank_delta()
+        if low_rank is not None:
+            left, right = low_rank
+            change = row_products(left, right @ right.t()).sum().sqrt()
+        else:
+            change = self.delta_weight().norm()
+        return {"relative_change": change / self.base_norm.norm(), "restraint": self._mean_divisor()}
+
+    def _mean_divisor(self) -> Tensor:
+        scale = self.row_scale()
+        if scale is not None:
+            return scale.reciprocal().mean()
+        left, right = self.factors()
+        if self.norm.granularity == "none":
+            return left.new_ones(())
+        reference, fused = dense_weight(self.base).to(left.dtype), self.fused_weight
+        if fused is not None:
+            reference = reference + fused
+        return self.norm.element_divisor(reference, left @ right, self.floor).mean()

@@ -1,0 +1,62 @@
+"""Task boundaries as hooks.
+
+Lightning sees one long epoch; these two callbacks turn positions in it into hooks that any callback may define:
+
+    on_task_start(trainer, pl_module, index, task)   before the task's first batch, and before on_train_batch_start
+    on_task_end(trainer, pl_module, index, task)     after the task's last optimizer step, before a checkpoint is saved
+
+Order at a task's end: strategies, then the module (adapters fuse), then everything else (evaluation), then checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from secura_lightning.strategies.base import Strategy
+
+
+class TaskStart(Callback):
+    """Announces a task before its first batch. It stands first among the callbacks."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Move to the front, so that no other callback sees a batch of a task that has not begun."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: callback is not self)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Dispatch ``on_task_start`` where a task begins; a resumed run is past it and does not repeat it."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if data.plan.starts_task(batch_idx):
+            index = data.plan.locate(batch_idx).task
+            pl_module.on_task_start(index)  # type: ignore[operator]
+            _dispatch("on_task_start", trainer, pl_module, index, trainer.callbacks)  # type: ignore[attr-defined]
+
+
+class TaskEnd(Callback):
+    """Announces a finished task, after every other callback has seen its last batch and before checkpoints."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell the module of every whole optimizer step, and everyone of a finished task."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if (batch_idx + 1) % data.plan.accumulate == 0:
+            pl_module.on_step_end()  # type: ignore[operator]
+        if not data.plan.ends_task(batch_idx):
+            return
+        index = data.plan.locate(batch_idx).task
+        callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+        _dispatch("on_task_end", trainer, pl_module, index, [c for c in callbacks if isinstance(c, Strategy)])
+        pl_module.on_task_end(index)  # type: ignore[operator]
+        _dispatch("on_task_end", trainer, pl_module, index, [c for c in callbacks if not isinstance(c, Strategy)])
+
+
+def _dispatch(hook: str, trainer: Trainer, module: LightningModule, index: int, callbacks: list[Callback]) -> None:
+    task = trainer.datamodule.tasks[index]  # type: ignore[attr-defined]
+    for callback in callbacks:
+        method = getattr(callback, hook, None)
+        if method is not None:
+            method(trainer, module, index, task)

@@ -1,0 +1,130 @@
+"""``secura fit``: train a sequence of tasks, or resume it, through LightningCLI."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import secura_lightning.data.tasks
+import secura_lightning.strategies  # noqa: F401  (makes class names known to the parser)
+from secura_lightning.callbacks.checkpoint import SequenceCheckpoint
+from secura_lightning.callbacks.forgetting import ForgettingMonitor
+from secura_lightning.callbacks.progress import SequenceProgressBar
+from secura_lightning.cli.checkpoints import find_checkpoint, read_checkpoint
+from secura_lightning.cli.parsing import OneLineParser
+from secura_lightning.data.sequence import SequenceDataModule
+from secura_lightning.errors import ConfigError
+from secura_lightning.module import ContinualModule
+
+# Trainer keys that the sequence decides itself, and what to use instead
+OWNED = {
+    "max_epochs": "data.epochs_per_task or data.steps_per_task",
+    "min_epochs": "data.epochs_per_task",
+    "limit_train_batches": "data.steps_per_task",
+    "overfit_batches": "data.steps_per_task",
+    "fast_dev_run": "data.steps_per_task: 2",
+}
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI with the sequence's parts in place: logger, forgetting monitor, checkpoints, progress bar."""
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Add the run's name, where it resumes, and the two callbacks that every run has."""
+        parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the config's file name.")
+        parser.add_argument("--save_dir", type=str, default="lightning_logs", help="Folder that holds the runs.")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Resume: `last`, or a checkpoint file.")
+        parser.add_lightning_class_args(ForgettingMonitor, "forgetting")
+        parser.add_lightning_class_args(SequenceCheckpoint, "checkpoint")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: a checkpoint never overrides what the user wrote."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer with the run's logger; a resumed run continues in its own folder."""
+        self.resume_from = find_checkpoint(self.config.ckpt_path, self.run_root)
+        config = self.config_init["trainer"]
+        for key, instead in OWNED.items():
+            if config.get(key) not in (None, False, 0.0, 1.0, 1):
+                raise ConfigError(f"trainer.{key}: the length of a run is set by its tasks; use {instead}")
+            config.pop(key, None)
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = self._logger()
+        return super().instantiate_trainer(max_epochs=1, use_distributed_sampler=False, num_sanity_val_steps=0, **kwargs)
+
+    @property
+    def run_root(self) -> Path:
+        """The folder that holds every version of this run."""
+        return Path(self.config.save_dir) / run_name(self.config)
+
+    def _logger(self) -> TensorBoardLogger:
+        version, step = None, None
+        if self.resume_from is not None:
+            folder = self.resume_from.resolve().parent.parent
+            if folder.parent == self.run_root.resolve():
+                version = folder.name
+                step = read_checkpoint(self.resume_from)["global_step"] + 1
+        return TensorBoardLogger(
+            self.config.save_dir, self.run_root.name, version, default_hp_metric=False, purge_step=step
+        )
+
+
+def run_name(config: Any) -> str:
+    """The run's name: ``--name``, else the first config file's, else ``run``."""
+    if config.name:
+        return str(config.name)
+    files = config.get("config") or []
+    return Path(str(files[0].relative if hasattr(files[0], "relative") else files[0])).stem if files else "run"
+
+
+def _seed(value: bool | int) -> int:
+    if isinstance(value, bool):
+        raise ConfigError("seed_everything: give a number; the run must be repeatable")
+    return value
+
+
+def quiet() -> None:
+    """Drop the start-up advertisements of the stack, and nothing else."""
+    import logging
+
+    class NoTips(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(NoTips())
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*number of training batches.*logging interval.*")
+
+
+def main(args: list[str]) -> int:
+    """Parse, build and fit.
+
+    Raises:
+        ConfigError: The configuration is wrong.
+        SecuraError: The data, base model or checkpoint is wrong.
+    """
+    quiet()
+    cli = FitCLI(
+        ContinualModule,
+        SequenceDataModule,
+        args=args,
+        run=False,
+        parser_class=OneLineParser,
+        seed_everything_default=42,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"log_every_n_steps": 10, "callbacks": [SequenceProgressBar()]},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    if cli.trainer.interrupted:
+        return 130
+    return 0

@@ -1,0 +1,80 @@
+"""The ``secura`` command: a light front door that imports torch only once a command needs it.
+
+    secura fit --config C.yaml      ->  cli.fit.main        train a sequence of tasks
+    secura merge --ckpt F --out D   ->  cli.merge.main      write base + change as a Hugging Face folder
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from secura_lightning._version import __version__
+from secura_lightning.errors import SecuraError
+
+# command -> (module with main(argv), one line of help)
+COMMANDS = {
+    "fit": ("secura_lightning.cli.fit", "train a sequence of tasks from a YAML configuration, or resume it"),
+    "merge": ("secura_lightning.cli.merge", "write a checkpoint's model as a Hugging Face folder"),
+}
+
+USAGE = """usage: secura [--version] [--help] COMMAND ...
+
+Continual fine-tuning of causal language models without forgetting.
+
+commands:
+{commands}
+
+`secura COMMAND --help` lists a command's options. `--debug` after a command shows tracebacks.
+"""
+
+
+def usage() -> str:
+    """The help text of the bare command."""
+    return USAGE.format(commands="\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 1 something about the run is wrong, 2 the command line or configuration is wrong,
+        130 interrupted.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        print(f"secura_lightning {__version__}")
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        print(f"secura: no command '{name}'{hint} (`secura --help` lists them)", file=sys.stderr)
+        return 2
+    debug = "--debug" in rest
+    return run(name, [arg for arg in rest if arg != "--debug"], debug)
+
+
+def run(name: str, args: list[str], debug: bool = False) -> int:
+    """Run command ``name``, turning expected errors into one line."""
+    try:
+        return int(importlib.import_module(COMMANDS[name][0]).main(args) or 0)
+    except KeyboardInterrupt:
+        print(f"\nsecura {name}: interrupted", file=sys.stderr)
+        return 130
+    except SecuraError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"secura {name}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""What the base model knows before any task: questions per kind of knowledge, and held-out text.
+
+A probe is only ever evaluated on. Its rows serve neither for training nor for calibration.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+from secura_lightning.data.rows import Row
+
+
+class Probe(ABC):
+    """Questions that measure how much of its base knowledge a model kept.
+
+    Rows with choices are scored by answer likelihood, the others by exact match of the generated answer. Every row
+    names its ``kind``; the probe's accuracy is the mean over kinds.
+
+    Args:
+        name: Short name, for reports.
+        max_new_tokens: Longest answer that evaluation generates, in tokens.
+        separator: Text between prompt and answer.
+    """
+
+    def __init__(self, name: str, max_new_tokens: int = 16, separator: str = " ") -> None:
+        self.name = name
+        self.max_new_tokens = max_new_tokens
+        self.separator = separator
+
+    @abstractmethod
+    def rows(self) -> list[Row]:
+        """The questions, each with a ``kind``, in a fixed order."""
+
+    def texts(self) -> list[str]:
+        """Held-out documents whose perplexity is reported; none by default."""
+        return []
+
+
+class PocketProbe(Probe):
+    """Facts that the embedded model learned in pretraining, asked in wordings that its text never used."""
+
+    def __init__(self, name: str = "pocket", max_new_tokens: int = 12, separator: str = " ") -> None:
+        super().__init__(name, max_new_tokens, separator)
+
+    def rows(self) -> list[Row]:
+        """Questions on every kind of fact."""
+        return self._rows
+
+    def texts(self) -> list[str]:
+        """Held-out documents of the pretraining mixture."""
+        return self._texts
+
+    @cached_property
+    def _rows(self) -> list[Row]:
+        from secura_lightning.data.pocket.probe import probe_rows
+
+        return probe_rows()
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        from secura_lightning.data.pocket.probe import probe_text
+
+        return probe_text()

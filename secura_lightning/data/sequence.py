@@ -1,0 +1,173 @@
+"""A sequence of tasks served as one run: the LightningDataModule that ``secura fit`` trains on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from secura_lightning.data.batches import ResumableLoader, SequenceBatches, SequencePlan
+from secura_lightning.data.encode import Encoded, encode_row, encode_text, pack, pad_id
+from secura_lightning.data.probe import Probe
+from secura_lightning.data.task import Task
+from secura_lightning.errors import ConfigError, SecuraError
+
+
+class SequenceDataModule(LightningDataModule):
+    """Tasks one after another, each for its own number of optimizer steps.
+
+    Args:
+        tasks: The tasks in the order in which they are learned.
+        probe: What the base model knows; scored beside the tasks to measure what is forgotten.
+        batch_size: Rows per device and micro-batch.
+        max_length: Most tokens of a training row; longer prompts lose tokens on the left.
+        epochs_per_task: Passes over a task's rows (rounded up to whole optimizer steps), one number or one per task.
+        steps_per_task: Optimizer steps of a task, instead of ``epochs_per_task``; one number or one per task.
+        num_workers: DataLoader workers.
+        seed: Seed of the order of rows.
+    """
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        probe: Probe | None = None,
+        batch_size: int = 16,
+        max_length: int = 512,
+        epochs_per_task: float | list[float] | None = None,
+        steps_per_task: int | list[int] | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_settings(tasks, batch_size, epochs_per_task, steps_per_task)
+        self.tasks = tasks
+        self.probe = probe
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.epochs_per_task = epochs_per_task
+        self.steps_per_task = steps_per_task
+        self.num_workers = num_workers
+        self.seed = seed
+        self.encoded: list[list[Encoded]] = []
+        self.plan: SequencePlan = SequencePlan([])
+        self._pad = 0
+
+    def setup(self, stage: str) -> None:
+        """Encode the training rows of every task and lay out the run's steps.
+
+        Raises:
+            SecuraError: A task has no training rows, or a row cannot be encoded.
+        """
+        if self.encoded:
+            return
+        assert self.trainer is not None
+        tokenizer = self.trainer.lightning_module.tokenizer
+        self._pad = pad_id(tokenizer)
+        self.encoded = [self._encode(tokenizer, task) for task in self.tasks]
+        accumulate = self.trainer.accumulate_grad_batches
+        self.plan = SequencePlan(self._steps(self.batch_size * accumulate * self.trainer.world_size), accumulate)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """The whole sequence as one loader; Lightning keeps its position in the checkpoint."""
+        assert self.trainer is not None
+        return ResumableLoader(self.batches(self.trainer.global_rank, self.trainer.world_size), self.num_workers)
+
+    def batches(self, rank: int = 0, world_size: int = 1) -> SequenceBatches:
+        """The micro-batches of one rank."""
+        return SequenceBatches(self.encoded, self.plan, self.batch_size, rank, world_size, self.seed, self._pad)
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader of the results needs to know about the data."""
+        return {
+            "tasks": [task.name for task in self.tasks],
+            "probe": self.probe.name if self.probe else None,
+            "steps_per_task": self.plan.steps,
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+            "data_seed": self.seed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the position in a checkpoint is relative to; the position itself is the loader's state."""
+        return self._signature()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose position means other rows than this configuration's.
+
+        Raises:
+            ConfigError: The sequence, its steps or its batches differ from the checkpoint's.
+        """
+        for key, now in self._signature().items():
+            then = state_dict.get(key)
+            if then != now:
+                raise ConfigError(
+                    f"data: the checkpoint was written with {key}={then}, this configuration has {key}={now}; "
+                    "resume with the same data settings, or start a new run without --ckpt_path"
+                )
+
+    def _signature(self) -> dict[str, Any]:
+        return {
+            "tasks": [task.name for task in self.tasks],
+            "rows": [len(rows) for rows in self.encoded],
+            "steps_per_task": self.plan.steps,
+            "window": self.batch_size * self.plan.accumulate * (self.trainer.world_size if self.trainer else 1),
+            "seed": self.seed,
+        }
+
+    def _encode(self, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Encoded]:
+        rows = task.rows("train")
+        if not rows:
+            raise SecuraError(f"data.tasks: task '{task.name}' has no training rows")
+        if task.is_text:
+            encoded = pack([encode_text(tokenizer, row.answer) for row in rows], self.max_length)
+            if not encoded:
+                raise SecuraError(f"data.tasks: the text of '{task.name}' fills no block of data.max_length tokens")
+            return encoded
+        encoded = [encode_row(tokenizer, row, self.max_length, task.separator) for row in rows]
+        cut = sum(row.truncated > 0 for row in encoded)
+        if cut:
+            rank_zero_warn(f"{cut} of {len(rows)} prompts of '{task.name}' lost tokens to data.max_length={self.max_length}")
+        return encoded
+
+    def _steps(self, window: int) -> list[int]:
+        if self.steps_per_task is not None:
+            steps = _per_task(self.steps_per_task, len(self.tasks))
+        else:
+            epochs = _per_task(self.epochs_per_task or 1, len(self.tasks))
+            steps = [math.ceil(n * len(rows) / window) for n, rows in zip(epochs, self.encoded, strict=True)]
+        for task, n in zip(self.tasks, steps, strict=True):
+            rank_zero_info(f"task '{task.name}': {n} steps of {window} rows")
+        return [int(n) for n in steps]
+
+
+def _per_task(value: float | Sequence[float], n: int) -> list[float]:
+    return list(value) if isinstance(value, Sequence) else [value] * n
+
+
+def _check_settings(
+    tasks: list[Task],
+    batch_size: int,
+    epochs: float | list[float] | None,
+    steps: int | list[int] | None,
+) -> None:
+    if not tasks:
+        raise ConfigError("data.tasks is empty; list at least one task")
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"data.tasks: two tasks are named '{name}'; give one another init_args.name")
+    if batch_size < 1:
+        raise ConfigError(f"data.batch_size is {batch_size}; it must be at least 1")
+    if epochs is not None and steps is not None:
+        raise ConfigError("data.epochs_per_task and data.steps_per_task are both set; keep one")
+    for key, value in (("epochs_per_task", epochs), ("steps_per_task", steps)):
+        if value is None:
+            continue
+        if isinstance(value, list) and len(value) != len(tasks):
+            raise ConfigError(f"data.{key} has {len(value)} entries for {len(tasks)} tasks; give one number or one per task")
+        if any(n <= 0 for n in _per_task(value, len(tasks))):
+            raise ConfigError(f"data.{key} must be above 0")

@@ -1,0 +1,269 @@
+"""Scores of one model on a task's rows and on the base-knowledge probe.
+
+    rows -> this rank's share -> likelihood of choices | greedy answers -> gathered on all ranks -> metric, interval
+
+Every score comes with what it must be read against: the chance and majority-class values of a classification, and a
+bootstrap interval.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secura_lightning.data.probe import Probe
+from secura_lightning.data.rows import Row
+from secura_lightning.data.task import Split, Task
+from secura_lightning.errors import SecuraError
+from secura_lightning.evaluation.batching import gather, shard, subset
+from secura_lightning.evaluation.choices import pick_choices
+from secura_lightning.evaluation.generate import generate
+from secura_lightning.evaluation.perplexity import perplexity_of, token_loss
+from secura_lightning.metrics.text import bootstrap, score
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What a model made of one row; enough to recompute its score."""
+
+    id: str
+    kind: str
+    prompt: str
+    reference: str
+    prediction: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """A model's score on one task.
+
+    Attributes:
+        task: The task's name.
+        metric: Its metric.
+        value: The score in 0..1.
+        n: Rows scored.
+        interval: 95 % bootstrap interval of ``value``.
+        chance: Expected score of guessing among the choices; None without choices.
+        majority: Score of always giving the most frequent answer; None without choices.
+        rows: One result per row; empty for text tasks.
+    """
+
+    task: str
+    metric: str
+    value: float
+    n: int
+    interval: tuple[float, float] | None = None
+    chance: float | None = None
+    majority: float | None = None
+    rows: list[RowResult] = field(default_factory=list, repr=False)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the rows and the task's name, as plain values."""
+        return {
+            "metric": self.metric,
+            "value": self.value,
+            "n": self.n,
+            "interval": None if self.interval is None else list(self.interval),
+            "chance": self.chance,
+            "majority": self.majority,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeScore:
+    """What is left of the base knowledge.
+
+    Attributes:
+        probe: The probe's name.
+        kinds: Accuracy per kind of knowledge.
+        accuracy: Mean over kinds.
+        perplexity: Token-weighted perplexity of the probe's text; None without text.
+        n: Rows scored.
+        tokens: Tokens that the perplexity is weighted by.
+        chance: Accuracy of guessing, mean over kinds; kinds without choices count 0.
+        rows: One result per row.
+    """
+
+    probe: str
+    kinds: dict[str, float]
+    accuracy: float
+    perplexity: float | None
+    n: int
+    tokens: int
+    chance: float
+    rows: list[RowResult] = field(default_factory=list, repr=False)
+
+
+def evaluate_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    split: Split = "test",
+    limit: int | None = None,
+    batch_size: int = 64,
+    normalise: bool = False,
+    progress: Progress | None = None,
+) -> TaskScore:
+    """Score a model on one split of a task.
+
+    Rows with choices are answered by likelihood, the others by greedy generation. A text task's score is
+    1 / perplexity, the geometric mean of its tokens' probabilities. Under distributed training every rank must call
+    this; all of them get the same result.
+
+    Args:
+        model: The model; its mode and random state are left as they were.
+        tokenizer: Its tokenizer.
+        task: The task.
+        split: Which of its rows.
+        limit: Score only this many rows, always the same ones; None for all.
+        batch_size: Sequences computed together.
+        normalise: Divide the likelihood of choices by their length.
+        progress: Called with the number of rows done, as they are done on this rank.
+
+    Raises:
+        SecuraError: The split has no rows.
+    """
+    name = str(task.name)  # LightningDataModule types it as optional
+    rows = subset(task.rows(split), limit)
+    if not rows:
+        raise SecuraError(f"task '{name}' has no rows in its {split} split, so it cannot be scored")
+    if task.is_text:
+        ppl, tokens = _perplexity(model, tokenizer, [row.answer for row in rows], batch_size, progress)
+        return TaskScore(name, "1/perplexity", 1 / ppl if tokens else float("nan"), len(rows))
+    predictions = _answer(model, tokenizer, rows, task.separator, task.max_new_tokens, batch_size, normalise, progress)
+    references = [row.answer for row in rows]
+    value, scores = score(task.metric, predictions, references)
+    interval = bootstrap(task.metric, predictions, references, scores)
+    results = _results(rows, predictions, scores)
+    return TaskScore(name, task.metric, value, len(rows), interval, chance(rows), majority(rows), results)
+
+
+def evaluate_probe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    probe: Probe,
+    limit: int | None = None,
+    batch_size: int = 64,
+    normalise: bool = False,
+    progress: Progress | None = None,
+) -> ProbeScore:
+    """Score a model on the base-knowledge probe.
+
+    Under distributed training every rank must call this; all of them get the same result.
+
+    Args:
+        model: The model; its mode and random state are left as they were.
+        tokenizer: Its tokenizer.
+        probe: The probe.
+        limit: Score at most this many rows (spread evenly over kinds) and documents; None for all.
+        batch_size: Sequences computed together.
+        normalise: Divide the likelihood of choices by their length.
+        progress: Called with the number of rows or documents done, as they are done on this rank.
+
+    Raises:
+        SecuraError: The probe has neither rows nor texts.
+    """
+    rows = subset(probe.rows(), limit)
+    texts = [row.answer for row in subset([Row(str(i), "", text) for i, text in enumerate(probe.texts())], limit)]
+    if not rows and not texts:
+        raise SecuraError(f"data.probe: '{probe.name}' has neither rows nor texts")
+    predictions = _answer(
+        model, tokenizer, rows, probe.separator, probe.max_new_tokens, batch_size, normalise, progress
+    )
+    # Likelihood picks one of the choices as it stands; a generated answer is compared leniently.
+    scores = [
+        score("accuracy" if row.choices else "exact", [prediction], [row.answer])[0]
+        for row, prediction in zip(rows, predictions, strict=True)
+    ]
+    kinds = {kind: [i for i, row in enumerate(rows) if row.kind == kind] for kind in sorted({row.kind for row in rows})}
+    accuracies = {kind: float(np.mean([scores[i] for i in members])) for kind, members in kinds.items()}
+    guesses = [chance([rows[i] for i in members]) or 0.0 for members in kinds.values()]
+    ppl, tokens = _perplexity(model, tokenizer, texts, batch_size, progress)
+    return ProbeScore(
+        probe=probe.name,
+        kinds=accuracies,
+        accuracy=float(np.mean(list(accuracies.values()))) if accuracies else float("nan"),
+        perplexity=ppl if texts else None,
+        n=len(rows),
+        tokens=tokens,
+        chance=float(np.mean(guesses)) if guesses else 0.0,
+        rows=_results(rows, predictions, scores),
+    )
+
+
+def chance(rows: Sequence[Row]) -> float | None:
+    """Expected accuracy of guessing evenly among each row's choices; None where a row has none."""
+    if not rows or not all(row.choices for row in rows):
+        return None
+    return float(np.mean([row.choices.count(row.answer) / len(row.choices) for row in rows]))
+
+
+def majority(rows: Sequence[Row]) -> float | None:
+    """Accuracy of always giving the most frequent class; None where a row has no choices.
+
+    The class is the answer where all rows share their choices (labels), else the answer's place among them.
+    """
+    if not rows or not all(row.choices for row in rows):
+        return None
+    labels = len({frozenset(row.choices) for row in rows}) == 1
+    classes = [row.answer if labels else row.choices.index(row.answer) for row in rows]
+    return Counter(classes).most_common(1)[0][1] / len(rows)
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    separator: str,
+    max_new_tokens: int,
+    batch_size: int,
+    normalise: bool,
+    progress: Progress | None,
+) -> list[str]:
+    """One answer per row, in order; each rank works on its share."""
+    mine = shard(rows)
+    answers = [""] * len(mine)
+    closed = [i for i, row in enumerate(mine) if row.choices]
+    if closed:
+        picked = pick_choices(model, tokenizer, [mine[i] for i in closed], separator, normalise, batch_size)
+        for i, text in zip(closed, picked, strict=True):
+            answers[i] = text
+        if progress:
+            progress(len(closed))
+    free = [i for i, row in enumerate(mine) if not row.choices]
+    if free:
+        prompts = [mine[i].prompt for i in free]
+        texts = generate(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
+        for i, text in zip(free, texts, strict=True):
+            answers[i] = text
+    return gather(answers)
+
+
+def _perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    batch_size: int,
+    progress: Progress | None,
+) -> tuple[float, int]:
+    mine = shard(texts)
+    # One pair per rank, summed in rank order everywhere: all ranks hold the same value to the last bit.
+    sums = gather([token_loss(model, tokenizer, mine, batch_size)])
+    if progress:
+        progress(len(mine))
+    return perplexity_of(sum(loss for loss, _ in sums), sum(tokens for _, tokens in sums))
+
+
+def _results(rows: Sequence[Row], predictions: Sequence[str], scores: Sequence[float]) -> list[RowResult]:
+    return [
+        RowResult(row.id, row.kind, row.prompt, row.answer, prediction, value)
+        for row, prediction, value in zip(rows, predictions, scores, strict=True)
+    ]

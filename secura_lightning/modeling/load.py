@@ -1,0 +1,154 @@
+"""Base models and tokenizers: the embedded ``pocket``, a local folder or a hub id, all through one path."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from secura_lightning.errors import ConfigError, SecuraError
+
+POCKET = "pocket"
+Quantization = Literal["none", "nf4", "fp4", "int8"]
+_SAMPLES = 64  # values of each tensor that enter the fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSpec:
+    """Which base model to load, and how.
+
+    Attributes:
+        base: ``pocket``, a local folder in Hugging Face layout, or a hub id.
+        revision: Commit hash or tag of a hub id; pin it, or results change when the repository does.
+        init: ``pretrained`` loads weights; ``random`` builds the model from its config alone (for pretraining).
+        dtype: Storage type of the base weights.
+        quantization: 4-bit or 8-bit storage through bitsandbytes.
+        double_quant: Quantise the 4-bit scales too.
+        compute_dtype: Type that quantised weights are multiplied in.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; null lets transformers choose.
+        trust_remote_code: Run code from the model's repository. Off unless you turn it on.
+    """
+
+    base: str = POCKET
+    revision: str | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    quantization: Quantization = "none"
+    double_quant: bool = True
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """The part that decides which function the base computes; a checkpoint of another identity is refused."""
+        kept = asdict(self)
+        for key in ("attn_implementation", "trust_remote_code"):
+            del kept[key]
+        return kept
+
+
+def resolve(base: str) -> str:
+    """The folder of ``pocket`` or of a local model; a hub id comes back as it is.
+
+    Raises:
+        SecuraError: ``base`` looks like a path, and no model is there.
+    """
+    if base == POCKET:
+        return str(files("secura_lightning") / "data" / "pocket" / "model")
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SecuraError(f"model.base: folder {base} holds no config.json; give a model folder in Hugging Face layout")
+        return str(path)
+    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+        raise SecuraError(f"model.base: no folder {base}; give 'pocket', an existing folder, or a hub id like Qwen/Qwen2-1.5B")
+    return base
+
+
+def load_tokenizer(spec: BaseSpec) -> PreTrainedTokenizerBase:
+    """The base model's own tokenizer.
+
+    Raises:
+        SecuraError: It cannot be found or read.
+    """
+    where = resolve(spec.base)
+    try:
+        return AutoTokenizer.from_pretrained(
+            where, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SecuraError(f"model.base: cannot load the tokenizer of {spec.base}: {_first_line(error)}") from error
+
+
+def load_model(spec: BaseSpec) -> PreTrainedModel:
+    """The base model in training mode, with the KV cache off, from safetensors weights only.
+
+    Raises:
+        SecuraError: The folder or hub id cannot be read, or holds no safetensors weights.
+        ConfigError: The requested quantisation does not fit with the other keys.
+    """
+    where = resolve(spec.base)
+    dtype = getattr(torch, spec.dtype)
+    shared: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "dtype": dtype}
+    if spec.attn_implementation is not None:
+        shared["attn_implementation"] = spec.attn_implementation
+    try:
+        if spec.init == "random":
+            if spec.quantization != "none":
+                raise ConfigError("model.init: random weights cannot be quantised; set model.quantization: none")
+            config = AutoConfig.from_pretrained(
+                where, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
+            )
+            model = AutoModelForCausalLM.from_config(config, **shared)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                where,
+                revision=spec.revision or "main",
+                use_safetensors=True,
+                quantization_config=_quantization_config(spec),
+                **shared,
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise SecuraError(f"model.base: cannot load {spec.base}: {_first_line(error)}") from error
+    model.config.use_cache = False
+    return model.train()  # from_pretrained returns eval mode, in which dropout and checkpointing never run
+
+
+def _quantization_config(spec: BaseSpec) -> Any:
+    if spec.quantization == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if spec.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.quantization,
+        bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, spec.compute_dtype),
+    )
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A short hash of a model's weights: names, shapes, types and evenly spaced values of every tensor.
+
+    It reads 64 values a tensor, so that it takes a moment on any size, and tells apart models that differ in training.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES)
+        picked = flat[::step][:_SAMPLES].to(device="cpu", dtype=torch.float64)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(picked.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

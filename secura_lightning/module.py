@@ -1,0 +1,234 @@
+"""The LightningModule: a base language model with injected adapters, trained on answers only."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secura_lightning import rng
+from secura_lightning._version import __version__
+from secura_lightning.adapters import AdapterConfig, AdapterSet, Fusion, LoRAConfig, describe_adapter, inject
+from secura_lightning.callbacks.tasks import TaskEnd, TaskStart
+from secura_lightning.data.sequence import SequenceDataModule
+from secura_lightning.errors import SecuraError
+from secura_lightning.modeling.load import BaseSpec, Quantization, fingerprint, load_model, load_tokenizer
+from secura_lightning.modeling.loss import summed_cross_entropy
+from secura_lightning.schedule import Schedule
+
+
+class ContinualModule(LightningModule):
+    """A causal language model that learns one task after another through adapters.
+
+    Args:
+        base: ``pocket`` (embedded), a local Hugging Face folder, or a hub id.
+        adapter: What is trained, and how it is held back.
+        optimizer: Optimizer of the trained tensors.
+        schedule: Learning rate within a task.
+        reset_optimizer: Forget the optimizer's moments at every task start. The schedule restarts in any case.
+        revision: Pinned revision of a hub id.
+        init: ``random`` builds the base from its config alone, for pretraining.
+        dtype: Storage type of the base weights; adapters are always fp32 or better.
+        quantization: 4-bit or 8-bit base through bitsandbytes.
+        double_quant: Quantise the 4-bit scales too.
+        compute_dtype: Type that quantised weights are multiplied in.
+        attn_implementation: Attention kernel (``sdpa``, ``eager``, ``flash_attention_2``).
+        trust_remote_code: Run code from the model's repository.
+        seed: Seed of the adapters' initial values.
+    """
+
+    model: PreTrainedModel
+    adapters: AdapterSet
+
+    def __init__(
+        self,
+        base: str = "pocket",
+        adapter: AdapterConfig | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        reset_optimizer: bool = True,
+        revision: str | None = None,
+        init: str = "pretrained",
+        dtype: str = "float32",
+        quantization: Quantization = "none",
+        double_quant: bool = True,
+        compute_dtype: str = "bfloat16",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.spec = BaseSpec(
+            base=base,
+            revision=revision,
+            init=init,  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]
+            quantization=quantization,
+            double_quant=double_quant,
+            compute_dtype=compute_dtype,  # type: ignore[arg-type]
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        self.adapter = adapter or LoRAConfig()
+        self.optimizer = optimizer
+        self.schedule = schedule or Schedule()
+        self.reset_optimizer = reset_optimizer
+        self.seed = seed
+        self.base_fingerprint = ""
+        self._restored_rng: dict[str, Any] | None = None
+        # The trained tensors are checked by name when a checkpoint is loaded; Lightning must not expect the base's.
+        self.strict_loading = False
+
+    # ---------------------------------------------------------------- building
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer, loaded on first use."""
+        return load_tokenizer(self.spec)
+
+    def configure_model(self) -> None:
+        """Load the base and inject the adapters; Lightning calls this once the devices are known."""
+        if hasattr(self, "adapters"):
+            return
+        if self.spec.init == "random":
+            torch.manual_seed(self.seed)
+        model = load_model(self.spec)
+        self.base_fingerprint = fingerprint(model)
+        self.adapters = inject(model, self.adapter, self.seed)
+        self.model = model
+        rank_zero_info(self.adapters.report())
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The callbacks that turn batch positions into task hooks."""
+        return [TaskStart(), TaskEnd()]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer over the trained tensors alone, with a schedule that restarts at every task."""
+        optimizer = self.optimizer(self.adapters.trainable_parameters())
+        scheduler = LambdaLR(optimizer, self._multiplier)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _multiplier(self, step: int) -> float:
+        plan = self._data.plan
+        task, within = plan.locate_step(step)
+        return self.schedule.multiplier(within, plan.steps[task])
+
+    @property
+    def _data(self) -> SequenceDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    # ---------------------------------------------------------------- training
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Cross-entropy of the answers, normalised by the tokens of the whole window over all ranks."""
+        total = self.answer_loss(batch)
+        # Lightning divides by the micro-batches and DDP by the ranks: undo both, the window's count replaces them.
+        share = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["window_tokens"]
+        loss = total * share
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def answer_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Summed cross-entropy of a batch's trained tokens, a scalar."""
+        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return summed_cross_entropy(output.logits, batch["labels"])
+
+    def on_train_start(self) -> None:
+        """Put back the random state of the checkpoint, after everything that start-up drew."""
+        if self._restored_rng is not None:
+            rng.restore(self._restored_rng, self.global_rank)
+            self._restored_rng = None
+
+    def on_task_start(self, index: int) -> None:
+        """Restart the optimizer for the task that begins."""
+        if self.reset_optimizer and index > 0:
+            self._torch_optimizer().state.clear()
+
+    def on_step_end(self) -> None:
+        """Log the learning rate and let the adapters act, after every whole optimizer step."""
+        self.log("train/lr", self._torch_optimizer().param_groups[0]["lr"], batch_size=1)
+        self._settle(self.adapters.after_step(self.trainer.global_step))
+
+    def on_task_end(self, index: int) -> None:
+        """Let the adapters fuse what the task taught them."""
+        self._settle(self.adapters.end_task())
+
+    def _settle(self, fusion: Fusion) -> None:
+        """Forget the moments of tensors that a fusion set back, and log what it did."""
+        state = self._torch_optimizer().state
+        for parameter in fusion.reset:
+            state.pop(parameter, None)
+        for name, value in fusion.logs.items():
+            self.log(f"adapter/{name}", value, batch_size=1)
+
+    def _torch_optimizer(self) -> Optimizer:
+        return self.optimizers(use_pl_optimizer=False)  # type: ignore[return-value]
+
+    # ------------------------------------------------------------- checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """The adapters' tensors; never the base."""
+        return self.adapters.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:  # type: ignore[override]
+        """Load the adapters' tensors; every key and shape must match, whatever ``strict`` says."""
+        return self.adapters.load_state_dict(state_dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with before its tensors mean anything here."""
+        return {
+            "base": self.spec.identity(),
+            "base_fingerprint": self.base_fingerprint,
+            "adapter": describe_adapter(self.adapter),
+            "seed": self.seed,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader of the results needs to know about the model."""
+        trained = sum(p.numel() for p in self.adapters.trainable_parameters())
+        return {**self.identity(), "trainable_parameters": trained}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the tensors are relative to, and the random state of every rank."""
+        checkpoint["secura"] = {"version": __version__, **self.identity()}
+        checkpoint["rng"] = rng.capture()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base or another adapter.
+
+        Raises:
+            SecuraError: It was not written by this program, or belongs to another base or adapter.
+        """
+        then = checkpoint.get("secura")
+        if not isinstance(then, dict):
+            raise SecuraError("--ckpt_path: not a checkpoint of secura_lightning (no adapter identity inside)")
+        check_identity(then, self.identity())
+        self._restored_rng = checkpoint.get("rng")
+
+
+def check_identity(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare a checkpoint's identity with this run's.
+
+    Raises:
+        SecuraError: They differ; the message names the first key that does.
+    """
+    for part, yaml in (("base", "model"), ("adapter", "model.adapter")):
+        for key, value in now[part].items():
+            if then[part].get(key) != value:
+                raise SecuraError(
+                    f"--ckpt_path: the checkpoint has {yaml}.{key}={then[part].get(key)}, this configuration has "
+                    f"{value}; resume with the configuration that wrote it"
+                )
+    if then["base_fingerprint"] != now["base_fingerprint"]:
+        raise SecuraError(
+            f"--ckpt_path: the checkpoint belongs to other base weights than model.base={now['base']['base']} "
+            f"(fingerprint {then['base_fingerprint']}, here {now['base_fingerprint']})"
+        )
