@@ -65,7 +65,7 @@ class DeltaLayer(AdapterLayer):
         config: Settings that all such adapters share.
 
     Attributes:
-        base_norm: [out] norms of W0's rows, not below ``floor * sqrt(in)`` so that a row of zeros divides nothing by zero.
+        base_norm: [out] norms of W0's rows.
         floor: eps * rms(W0).
     """
 
@@ -78,7 +78,8 @@ class DeltaLayer(AdapterLayer):
         self.norm = config.smagnorm()
         norms = torch.linalg.vector_norm(dense_weight(base), dim=1, dtype=self.work_dtype)
         self.floor = self.norm.floor(norms, self.in_features)
-        self.register_buffer("base_norm", norms.clamp_min(self.floor * self.in_features**0.5), persistent=False)
+        self.smallest_norm = self.floor * self.in_features**0.5
+        self.register_buffer("base_norm", norms, persistent=False)
         change = nn.Parameter(self.new_zeros(self.out_features)) if config.bias else None
         self.register_parameter("bias_change", change)
 
@@ -88,8 +89,11 @@ class DeltaLayer(AdapterLayer):
 
     @property
     def reference_norm(self) -> Tensor:
-        """[out] row norms that the norm measures against; those of W0 unless a method moves its reference."""
-        return self.base_norm
+        """[out] row norms that the norm measures against: those of W0, unless a method moves its reference.
+
+        Not below the norm of a row of floors, so that a row of zeros divides nothing by zero.
+        """
+        return self.base_norm.clamp_min(self.smallest_norm)
 
     @property
     def fused_weight(self) -> Tensor | None:

@@ -25,7 +25,9 @@ def rebuild_adapter(description: dict[str, Any]) -> AdapterConfig:
     name = settings.pop("class")
     known = {cls.__name__: cls for cls in _subclasses(AdapterConfig)}
     if name not in known:
-        raise SecuraError(f"the checkpoint's adapter {name} is unknown to this version; known are {', '.join(sorted(known))}")
+        raise SecuraError(
+            f"the checkpoint's adapter {name} is unknown to this version; known are {', '.join(sorted(known))}"
+        )
     try:
         return known[name](**settings)
     except TypeError as error:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from secura_lightning.adapters.numerics import add_product, no_autocast
 
 
-def add_gathered(y0: Tensor, rows: Tensor, core: Tensor, left: Tensor) -> Tensor:
+def add_gathered(y0: Tensor, rows: Tensor, core: Tensor | None, left: Tensor) -> Tensor:
     """``y0 + (y0[..., rows] core^T) left^T``.
 
     One autograd function, because plain autograd would scatter the gathered columns' gradient into a second (n, out) tensor.
@@ -24,7 +24,7 @@ def add_gathered(y0: Tensor, rows: Tensor, core: Tensor, left: Tensor) -> Tensor
     Args:
         y0: [..., out] output of the base, without bias.
         rows: [k] ids of the gathered outputs.
-        core: [k, k] in fp32 or fp64; its product with tokens keeps that type.
+        core: [k, k] in fp32 or fp64, whose product with tokens keeps that type; None for the identity.
         left: [out, k] in the same type; its product with tokens runs in y0's type.
     """
     return cast(Tensor, _AddGathered.apply(y0, rows, core, left))
@@ -32,10 +32,10 @@ def add_gathered(y0: Tensor, rows: Tensor, core: Tensor, left: Tensor) -> Tensor
 
 class _AddGathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y0: Tensor, rows: Tensor, core: Tensor, left: Tensor) -> Tensor:
+    def forward(ctx: Any, y0: Tensor, rows: Tensor, core: Tensor | None, left: Tensor) -> Tensor:
         with no_autocast(y0):
             gathered = y0.reshape(-1, y0.shape[-1]).index_select(1, rows)  # [n, k]
-            features = (gathered.to(core.dtype) @ core.t()).to(y0.dtype)
+            features = gathered if core is None else (gathered.to(core.dtype) @ core.t()).to(y0.dtype)
             ctx.save_for_backward(gathered, rows, core, left)
             return add_product(y0, features, left.to(y0.dtype))
 
@@ -46,13 +46,13 @@ class _AddGathered(torch.autograd.Function):
         need_y0, _, need_core, need_left = ctx.needs_input_grad
         with no_autocast(grad):
             flat = grad.reshape(-1, grad.shape[-1])
-            wide = gathered.to(core.dtype)
-            grad_features = (flat @ left.to(flat.dtype)).to(core.dtype)  # [n, k]
+            grad_features = (flat @ left.to(flat.dtype)).to(left.dtype)  # [n, k]
+            wide = gathered.to(left.dtype)
+            features = wide if core is None else wide @ core.t()
+            grad_gathered = grad_features if core is None else grad_features @ core
             grad_core = grad_features.t() @ wide if need_core else None
-            grad_left = None
-            if need_left:
-                grad_left = (flat.t() @ (wide @ core.t()).to(flat.dtype)).to(left.dtype)
+            grad_left = (flat.t() @ features.to(flat.dtype)).to(left.dtype) if need_left else None
             grad_y0 = None
             if need_y0:
-                grad_y0 = flat.clone().index_add_(1, rows, (grad_features @ core).to(flat.dtype)).view(grad.shape)
+                grad_y0 = flat.clone().index_add_(1, rows, grad_gathered.to(flat.dtype)).view(grad.shape)
         return grad_y0, None, grad_core, grad_left

@@ -34,7 +34,7 @@ from secura_lightning.adapters.base import Fusion, require
 from secura_lightning.adapters.delta import DeltaConfig, DeltaLayer
 from secura_lightning.adapters.gather import add_gathered
 from secura_lightning.adapters.norm import Granularity
-from secura_lightning.adapters.numerics import add_product, dense_weight, is_quantized, row_products
+from secura_lightning.adapters.numerics import add_product, dense_weight, is_quantized, linear_shape
 
 FusionMode = Literal["frozen", "base", "none"]
 
@@ -90,7 +90,7 @@ class SECURAConfig(DeltaConfig):
 
     def build(self, name: str, base: nn.Module, generator: torch.Generator) -> SECURALayer:
         """Wrap ``base``; see :meth:`AdapterConfig.build`."""
-        rows, columns = dense_weight(base).shape
+        rows, columns = linear_shape(base)
         for key, limit in (("c", min(rows, columns)), ("a", columns)):
             require(
                 getattr(self, key) <= limit,
@@ -122,7 +122,7 @@ class SECURALayer(DeltaLayer):
         row_decay: [out] product of the restraint's factors, on the rows of C (fusion ``frozen`` with restraint).
         fused_left: [out, c] E (fusion ``base``).
         fused_dense: [out, in] fused change (fusion ``base`` with norm ``element``).
-        draws: [2] seed and number of the restraint's draws so far.
+        draws: [2] seed of the restraint, and how often it drew.
     """
 
     columns: Tensor
@@ -136,3 +136,141 @@ class SECURALayer(DeltaLayer):
     right_basis: Tensor | None
     right_root: Tensor | None
     moved_norm: Tensor | None
+
+    def __init__(self, base: nn.Module, config: SECURAConfig, seed: int) -> None:
+        super().__init__(base, config)
+        self.config = config
+        width, dense = config.c, config.norm == "element"
+        weight = dense_weight(base)
+        column_norm = torch.linalg.vector_norm(weight, dim=0, dtype=self.work_dtype)
+        # A stable sort: rows of equal norm come out in the same order everywhere.
+        self.register_buffer("columns", column_norm.argsort(stable=True)[:width].clone())
+        self.register_buffer("rows", self.base_norm.argsort(stable=True)[:width].clone())
+        self.A = nn.Parameter(weight[:width, : config.a].to(self.work_dtype, copy=True))
+        self.B = nn.Parameter(self.new_zeros(config.a, width))
+
+        frozen, base_mode = config.fusion == "frozen", config.fusion == "base"
+        shape = (self.out_features, self.in_features)
+        self.register_buffer("core", self.new_zeros(width, width) if frozen else None)
+        self.register_buffer("row_decay", self.new_zeros(shape[0]) + 1 if frozen and config.restraint else None)
+        self.register_buffer("fused_left", self.new_zeros(shape[0], width) if base_mode and not dense else None)
+        self.register_buffer("fused_dense", self.new_zeros(*shape) if base_mode and dense else None)
+        self.register_buffer("draws", torch.tensor([seed, 0]) if config.restraint else None)
+        for name in ("left_basis", "right_basis", "right_root", "moved_norm"):
+            self.register_buffer(name, None, persistent=False)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recompute C, R and the moved row norms from W0, the ids and the fused change."""
+        weight = dense_weight(self.base)
+        self.left_basis = weight[:, self.columns].to(self.work_dtype)
+        if self.row_decay is not None:
+            self.left_basis *= self.row_decay.unsqueeze(-1)
+        right = weight[self.rows].to(self.work_dtype)
+        # Only these two need R itself; everything else gathers x R^T from the base's output.
+        self.right_basis = right if self.norm.granularity == "element" or self.base.bias is not None else None
+        self.right_root = _gram_root(right)
+        if self.fused_left is not None:
+            self.moved_norm = torch.linalg.vector_norm(weight + self.fused_left @ right, dim=1, dtype=self.work_dtype)
+
+    def right(self) -> Tensor:
+        """R, [c, in]."""
+        return dense_weight(self.base)[self.rows].to(self.work_dtype) if self.right_basis is None else self.right_basis
+
+    def total_core(self) -> Tensor:
+        """K = K_L + A B, [c, c]."""
+        return self.A @ self.B if self.core is None else torch.addmm(self.core, self.A, self.B)
+
+    @property
+    def reference_norm(self) -> Tensor:
+        """[out] row norms of W0, or of W_t under fusion ``base``."""
+        norms = self.base_norm if self.moved_norm is None else self.moved_norm
+        return norms.clamp_min(self.smallest_norm)
+
+    @property
+    def fused_weight(self) -> Tensor | None:
+        """W_t - W0 under fusion ``base`` with norm ``element``."""
+        return self.fused_dense
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(C K, R): the change before the norm, without what fusion ``base`` has moved into the reference."""
+        return self.left_basis @ self.total_core(), self.right()
+
+    def delta_row_square(self) -> Tensor:
+        """[out] squared norms of the rows of C K R: those of C (K F), where F F^T = R R^T, so never negative."""
+        return (self.left_basis @ (self.total_core() @ self.right_root)).square().sum(-1)
+
+    def add_change(self, x: Tensor, y0: Tensor, scale: Tensor | None) -> Tensor:
+        """``y0 + x (E R + diag(scale) C K R)^T``."""
+        core: Tensor | None = self.total_core()
+        left = self.left_basis if scale is None else scale.unsqueeze(-1) * self.left_basis
+        if self.fused_left is not None:
+            left, core = self.fused_left + left @ core, None
+        if self.right_basis is None:
+            return add_gathered(y0, self.rows, core, left)
+        features = F.linear(x.to(y0.dtype), self.right_basis.to(y0.dtype))  # [..., c]
+        if core is not None:
+            features = F.linear(features.to(core.dtype), core).to(y0.dtype)
+        return add_product(y0, features, left.to(y0.dtype))
+
+    def low_rank_delta(self) -> tuple[Tensor, Tensor] | None:
+        """(E + diag(h) C K, R), or None under norm ``element``. No gradient."""
+        current = super().low_rank_delta()
+        if current is None or self.fused_left is None:
+            return current
+        return self.fused_left + current[0], current[1]
+
+    def end_task(self) -> Fusion:
+        """Fuse, unless fusion goes by steps or is off."""
+        return self.fuse() if self.config.fusion != "none" and self.config.fusion_every is None else Fusion()
+
+    def after_step(self, step: int) -> Fusion:
+        """Fuse at every ``fusion_every``-th step."""
+        every = self.config.fusion_every
+        return self.fuse() if every is not None and step % every == 0 else Fusion()
+
+    @torch.no_grad()
+    def fuse(self) -> Fusion:
+        """Move the trained change into the frozen one; A keeps its value, B starts again.
+
+        Returns:
+            B for a fresh optimizer state, and what to log: the rows' mean relative change before the norm, the share of
+            rows above r_edge, the share that the restraint shrank.
+        """
+        ratio = self.delta_row_square().sqrt() / self.reference_norm
+        moved = (ratio >= restraint_edge(self.config.restraint_edge, self.norm.s)).to(ratio.dtype).mean()
+        drawn = self._draw_rows(moved)
+        if self.core is not None:
+            self.core.copy_(self.total_core())
+        elif self.fused_left is not None:
+            scale = self.row_scale()
+            left = self.left_basis @ self.total_core()
+            self.fused_left += left if scale is None else scale.unsqueeze(-1) * left
+        elif self.fused_dense is not None:
+            self.fused_dense.copy_(self.delta_weight())
+        self.B.zero_()
+        if drawn is not None:
+            change = next(t for t in (self.row_decay, self.fused_left, self.fused_dense) if t is not None)
+            change[drawn] *= self.config.restraint_decay
+        self.refresh()
+        share = 0.0 if drawn is None else len(drawn) / self.out_features
+        logs = {"row_ratio": ratio.mean(), "moved_rows": moved, "restrained_rows": torch.full_like(moved, share)}
+        return Fusion(reset=[self.B], logs=logs)
+
+    def _draw_rows(self, moved: Tensor) -> Tensor | None:
+        """Ids of the rows whose change the restraint shrinks now, p_i ~ ||W0_i||; None where it does not act."""
+        if self.draws is None or not moved > self.config.restraint_percent:
+            return None
+        seed, count = self.draws.tolist()
+        generator = torch.Generator().manual_seed((seed + count) % 2**63)
+        self.draws[1] += 1
+        number = max((self.out_features - self.config.c) // 2, self.out_features // 4, 1)
+        weights = self.base_norm.double().cpu().clamp_min(torch.finfo(torch.float64).tiny)
+        return weights.multinomial(number, generator=generator).to(self.rows.device)
+
+
+def _gram_root(right: Tensor) -> Tensor:
+    """F [k, k] with F F^T = right right^T, also where rows of ``right`` depend on one another."""
+    values, vectors = torch.linalg.eigh((right @ right.t()).double())
+    return (vectors * values.clamp_min(0).sqrt()).to(right.dtype)

@@ -233,11 +233,10 @@ def _answer(
     answers = [""] * len(mine)
     closed = [i for i, row in enumerate(mine) if row.choices]
     if closed:
-        picked = pick_choices(model, tokenizer, [mine[i] for i in closed], separator, normalise, batch_size)
+        questions = [mine[i] for i in closed]
+        picked = pick_choices(model, tokenizer, questions, separator, normalise, batch_size, progress)
         for i, text in zip(closed, picked, strict=True):
             answers[i] = text
-        if progress:
-            progress(len(closed))
     free = [i for i, row in enumerate(mine) if not row.choices]
     if free:
         prompts = [mine[i].prompt for i in free]
