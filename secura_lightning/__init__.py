@@ -31,7 +31,7 @@ _EXPORTS = {
     "inject": "secura_lightning.adapters",
 }
 
-__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_EXPORTS)]
 
 
 def __getattr__(name: str) -> Any:

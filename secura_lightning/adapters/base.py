@@ -55,7 +55,7 @@ class AdapterConfig(ABC):
         """Whether this adapter can wrap ``module``."""
         return is_linear(module)
 
-    def check_model(self, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    def check_model(self, model: nn.Module, targets: dict[str, nn.Module]) -> None:  # noqa: B027
         """Refuse what only the whole model shows, before anything is changed. Nothing by default."""
 
 

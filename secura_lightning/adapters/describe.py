@@ -35,6 +35,7 @@ def rebuild_adapter(description: dict[str, Any]) -> AdapterConfig:
 
 
 def _subclasses(cls: type) -> Iterator[type]:
-    for child in cls.__subclasses__():
+    children: list[type] = cls.__subclasses__()
+    for child in children:
         yield child
         yield from _subclasses(child)

@@ -134,7 +134,7 @@ class SECURALayer(DeltaLayer):
     draws: Tensor | None
     left_basis: Tensor
     right_basis: Tensor | None
-    right_root: Tensor | None
+    right_root: Tensor
     moved_norm: Tensor | None
 
     def __init__(self, base: nn.Module, config: SECURAConfig, seed: int) -> None:
@@ -203,10 +203,12 @@ class SECURALayer(DeltaLayer):
 
     def add_change(self, x: Tensor, y0: Tensor, scale: Tensor | None) -> Tensor:
         """``y0 + x (E R + diag(scale) C K R)^T``."""
-        core: Tensor | None = self.total_core()
         left = self.left_basis if scale is None else scale.unsqueeze(-1) * self.left_basis
-        if self.fused_left is not None:
-            left, core = self.fused_left + left @ core, None
+        core: Tensor | None = None
+        if self.fused_left is None:
+            core = self.total_core()
+        else:
+            left = self.fused_left + left @ self.total_core()
         if self.right_basis is None:
             return add_gathered(y0, self.rows, core, left)
         features = F.linear(x.to(y0.dtype), self.right_basis.to(y0.dtype))  # [..., c]

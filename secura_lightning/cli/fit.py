@@ -44,6 +44,10 @@ class FitCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
 
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse what the ``secura`` command passed on."""
+        self.config = parser.parse_args(args)
+
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: a checkpoint never overrides what the user wrote."""
 
@@ -57,7 +61,11 @@ class FitCLI(LightningCLI):
             config.pop(key, None)
         if config.get("logger") in (None, True):
             kwargs["logger"] = self._logger()
-        return super().instantiate_trainer(max_epochs=1, use_distributed_sampler=False, num_sanity_val_steps=0, **kwargs)
+        if config.get("enable_progress_bar") is not False:
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [SequenceProgressBar()]}
+        return super().instantiate_trainer(
+            max_epochs=1, use_distributed_sampler=False, num_sanity_val_steps=0, **kwargs
+        )
 
     @property
     def run_root(self) -> Path:
@@ -100,6 +108,7 @@ def quiet() -> None:
 
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(NoTips())
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # lightning 2.6 on torch 2.13
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*number of training batches.*logging interval.*")
 
@@ -120,7 +129,7 @@ def main(args: list[str]) -> int:
         parser_class=OneLineParser,
         seed_everything_default=42,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"log_every_n_steps": 10, "callbacks": [SequenceProgressBar()]},
+        trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )

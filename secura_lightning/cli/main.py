@@ -1,7 +1,7 @@
 """The ``secura`` command: a light front door that imports torch only once a command needs it.
 
-    secura fit --config C.yaml      ->  cli.fit.main        train a sequence of tasks
-    secura merge --ckpt F --out D   ->  cli.merge.main      write base + change as a Hugging Face folder
+secura fit --config C.yaml      ->  cli.fit.main        train a sequence of tasks
+secura merge --ckpt F --out D   ->  cli.merge.main      write base + change as a Hugging Face folder
 """
 
 from __future__ import annotations

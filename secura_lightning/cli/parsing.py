@@ -38,7 +38,9 @@ def shorten(message: str, keys: Iterable[str]) -> str:
     where = re.search(r'Parser key "([^"]+)"', message)
     if where and where.group(1) not in line:
         line = f"{where.group(1)}: {line}"
-    unknown = re.search(r"[Kk]ey '?\"?([\w.]+)'?\"? is not (?:expected|accepted)|[Uu]nrecognized arguments?: (?:--)?([\w.]+)", line)
+    unknown = re.search(
+        r"[Kk]ey '?\"?([\w.]+)'?\"? is not (?:expected|accepted)|[Uu]nrecognized arguments?: (?:--)?([\w.]+)", line
+    )
     if unknown:
         bad = next(group for group in unknown.groups() if group)
         near = nearest(bad, keys)

@@ -159,6 +159,7 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
             sampler=_From(len(batches)),
             num_workers=num_workers,
             pin_memory=pin_memory,
+            generator=torch.Generator().manual_seed(batches.seed),  # so that it draws nothing from the global one
         )
         self.position = 0
 

@@ -130,7 +130,9 @@ class SequenceDataModule(LightningDataModule):
         encoded = [encode_row(tokenizer, row, self.max_length, task.separator) for row in rows]
         cut = sum(row.truncated > 0 for row in encoded)
         if cut:
-            rank_zero_warn(f"{cut} of {len(rows)} prompts of '{task.name}' lost tokens to data.max_length={self.max_length}")
+            rank_zero_warn(
+                f"{cut} of {len(rows)} prompts of '{task.name}' lost tokens to data.max_length={self.max_length}"
+            )
         return encoded
 
     def _steps(self, window: int) -> list[int]:
@@ -168,6 +170,8 @@ def _check_settings(
         if value is None:
             continue
         if isinstance(value, list) and len(value) != len(tasks):
-            raise ConfigError(f"data.{key} has {len(value)} entries for {len(tasks)} tasks; give one number or one per task")
+            raise ConfigError(
+                f"data.{key} has {len(value)} entries for {len(tasks)} tasks; give one number or one per task"
+            )
         if any(n <= 0 for n in _per_task(value, len(tasks))):
             raise ConfigError(f"data.{key} must be above 0")

@@ -91,7 +91,8 @@ def _chrf_counts(prediction: str, reference: str) -> Array:
     texts = ["".join(text.split()) for text in (prediction, reference)]
     for n in range(1, _CHRF_ORDER + 1):
         ours, theirs = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in texts)
-        counts[:, n - 1] = ours.total(), theirs.total(), (ours & theirs).total()
+        # As in sacrebleu, an order that the reference does not reach says nothing about the prediction.
+        counts[:, n - 1] = ours.total() if theirs else 0, theirs.total(), (ours & theirs).total()
     return counts
 
 

@@ -63,10 +63,14 @@ def resolve(base: str) -> str:
     path = Path(base).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise SecuraError(f"model.base: folder {base} holds no config.json; give a model folder in Hugging Face layout")
+            raise SecuraError(
+                f"model.base: folder {base} holds no config.json; give a model folder in Hugging Face layout"
+            )
         return str(path)
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
-        raise SecuraError(f"model.base: no folder {base}; give 'pocket', an existing folder, or a hub id like Qwen/Qwen2-1.5B")
+        raise SecuraError(
+            f"model.base: no folder {base}; give 'pocket', an existing folder, or a hub id like Qwen/Qwen2-1.5B"
+        )
     return base
 
 

@@ -19,7 +19,9 @@ def batches(batch_size: int, accumulate: int = 1, rank: int = 0, world: int = 1,
 def test_positions_cover_the_sequence_once() -> None:
     plan = SequencePlan([2, 3], accumulate=2)
     where = [plan.locate(k) for k in range(len(plan))]
-    assert [(p.task, p.step, p.micro) for p in where] == [(t, s, m) for t, n in ((0, 2), (1, 3)) for s in range(n) for m in (0, 1)]
+    assert [(p.task, p.step, p.micro) for p in where] == [
+        (t, s, m) for t, n in ((0, 2), (1, 3)) for s in range(n) for m in (0, 1)
+    ]
     assert [k for k in range(len(plan)) if plan.starts_task(k)] == [0, 4]
     assert [k for k in range(len(plan)) if plan.ends_task(k)] == [3, 9]
 

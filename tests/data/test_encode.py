@@ -24,7 +24,9 @@ def test_answer_and_end_of_sequence_are_trained_and_nothing_else(tokenizer) -> N
 
 
 @given(prompt=TEXT, answer=TEXT.filter(str.strip), room=st.integers(8, 40))
-def test_training_continues_exactly_the_prompt_that_generation_sees(tokenizer, prompt: str, answer: str, room: int) -> None:
+def test_training_continues_exactly_the_prompt_that_generation_sees(
+    tokenizer, prompt: str, answer: str, room: int
+) -> None:
     row = Row("1", prompt.rstrip(), answer)
     encoded = encode_row(tokenizer, row, 1000)
     assert list(encoded.ids[: encoded.n_prompt]) == encode_prompt(tokenizer, row.prompt)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from secura_lightning.data.pocket.worlds import Sample
+
 ADJECTIVE_RATE = 0.25  # how often an object takes an adjective
 PLACE_RATE = 0.5  # how often the sentence names a town
 FORMS = ("past", "perfect", "wants", "passive")
@@ -111,25 +113,34 @@ def _couples(table: str, gap: str) -> tuple[tuple[str, str], ...]:
     return tuple((left, right) for left, right in (cell.split(gap) for cell in _cells(table)))
 
 
-_ACTORS = _nouns(ACTORS)
-_OBJECTS = {name: _nouns(table) for name, table in OBJECTS.items()}
-_VERBS = tuple(_verb(line) for line in VERBS.strip().splitlines())
-_TOWNS = _couples(TOWNS, " ")
-_TIMES = _couples(TIMES, "~")
-_ADJECTIVES = _couples(ADJECTIVES, " ")
+ACTOR_NOUNS = _nouns(ACTORS)
+OBJECT_NOUNS = {name: _nouns(table) for name, table in OBJECTS.items()}
+VERB_LIST = tuple(_verb(line) for line in VERBS.strip().splitlines())
+TOWN_NAMES = _couples(TOWNS, " ")
+TIME_PHRASES = _couples(TIMES, "~")
+ADJECTIVE_WORDS = _couples(ADJECTIVES, " ")
 
 
-def draw(rng: random.Random) -> Sentence:
+def draw(rng: random.Random) -> Sample:
+    """One translation; its key is who does what to which thing, as far as the sentence says it."""
+    s = scene(rng)
+    actor = "" if s.form == "passive" else s.actor.english
+    return Sample(
+        f"german/{actor}/{s.verb.english[0]}/{s.object.english}", f"English: {english(s)}\nGerman:", german(s)
+    )
+
+
+def scene(rng: random.Random) -> Sentence:
     """The content of one sentence."""
-    verb = rng.choice(_VERBS)
+    verb = rng.choice(VERB_LIST)
     return Sentence(
         rng.choice(FORMS),
-        rng.choice(_ACTORS),
+        rng.choice(ACTOR_NOUNS),
         verb,
-        rng.choice([noun for name in verb.classes for noun in _OBJECTS[name]]),
-        rng.choice(_TIMES),
-        rng.choice(_TOWNS) if rng.random() < PLACE_RATE else None,
-        rng.choice(_ADJECTIVES) if rng.random() < ADJECTIVE_RATE else None,
+        rng.choice([noun for name in verb.classes for noun in OBJECT_NOUNS[name]]),
+        rng.choice(TIME_PHRASES),
+        rng.choice(TOWN_NAMES) if rng.random() < PLACE_RATE else None,
+        rng.choice(ADJECTIVE_WORDS) if rng.random() < ADJECTIVE_RATE else None,
     )
 
 
@@ -177,9 +188,9 @@ def _object(s: Sentence, case: str) -> str:
 
 def lexicon() -> list[str]:
     """Every German word form of the world, for the tokenizer's coverage."""
-    nouns = [noun.german for group in (_ACTORS, *_OBJECTS.values()) for noun in group]
-    verbs = [form for verb in _VERBS for form in verb.german]
-    stems = ["teur" if adjective == "teuer" else adjective for _, adjective in _ADJECTIVES]
-    others = [word for _, phrase in (*_TOWNS, *_TIMES) for word in phrase.split()]
+    nouns = [noun.german for group in (ACTOR_NOUNS, *OBJECT_NOUNS.values()) for noun in group]
+    verbs = [form for verb in VERB_LIST for form in verb.german]
+    stems = ["teur" if adjective == "teuer" else adjective for _, adjective in ADJECTIVE_WORDS]
+    others = [word for _, phrase in (*TOWN_NAMES, *TIME_PHRASES) for word in phrase.split()]
     adjectives = [stem + ending for stem in stems for ending in ("e", "en")]
     return [*nouns, *verbs, *adjectives, *others, "der", "die", "das", "den", "hat", "will", "wurde"]
