@@ -20,7 +20,16 @@ from secura_lightning.adapters import AdapterConfig, AdapterSet, Fusion, LoRACon
 from secura_lightning.callbacks.tasks import TaskEnd, TaskStart
 from secura_lightning.data.sequence import SequenceDataModule
 from secura_lightning.errors import SecuraError
-from secura_lightning.modeling.load import BaseSpec, Quantization, fingerprint, load_model, load_tokenizer
+from secura_lightning.modeling.load import (
+    BaseSpec,
+    ComputeType,
+    Init,
+    Quantization,
+    StorageType,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+)
 from secura_lightning.modeling.loss import summed_cross_entropy
 from secura_lightning.schedule import Schedule
 
@@ -53,14 +62,14 @@ class ContinualModule(LightningModule):
         base: str = "pocket",
         adapter: AdapterConfig | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        schedule: Schedule | None = None,
+        schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
         reset_optimizer: bool = True,
         revision: str | None = None,
-        init: str = "pretrained",
-        dtype: str = "float32",
+        init: Init = "pretrained",
+        dtype: StorageType = "float32",
         quantization: Quantization = "none",
         double_quant: bool = True,
-        compute_dtype: str = "bfloat16",
+        compute_dtype: ComputeType = "bfloat16",
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
@@ -69,17 +78,17 @@ class ContinualModule(LightningModule):
         self.spec = BaseSpec(
             base=base,
             revision=revision,
-            init=init,  # type: ignore[arg-type]
-            dtype=dtype,  # type: ignore[arg-type]
+            init=init,
+            dtype=dtype,
             quantization=quantization,
             double_quant=double_quant,
-            compute_dtype=compute_dtype,  # type: ignore[arg-type]
+            compute_dtype=compute_dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
         self.adapter = adapter or LoRAConfig()
         self.optimizer = optimizer
-        self.schedule = schedule or Schedule()
+        self.schedule = schedule
         self.reset_optimizer = reset_optimizer
         self.seed = seed
         self.base_fingerprint = ""

@@ -1,0 +1,1 @@
+"""What runs beside the training: task hooks, measuring forgetting, checkpoints, the progress bar."""

@@ -186,10 +186,11 @@ class ForgettingMonitor(Callback):
         folder = trainer.log_dir  # a collective call
         content = report.build(self.rows, _names(trainer), self._meta(trainer, pl_module))
         if trainer.is_global_zero and folder is not None:
+            after = self.rows[-1]["after"]
             for score in scores or []:
-                report.save_predictions(score.rows, Path(folder), self.rows[-1]["after"], score.task)
+                report.save_predictions(score.rows, report.predictions_path(Path(folder), after, score.task))
             if base:
-                report.save_predictions(base.rows, Path(folder), self.rows[-1]["after"], "probe")
+                report.save_predictions(base.rows, report.predictions_path(Path(folder), after, None))
             report.save(content, Path(folder))
         return content
 

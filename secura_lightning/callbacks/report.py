@@ -12,13 +12,13 @@ import io
 import json
 import math
 import os
-import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,12 +118,18 @@ def save(report: dict[str, Any], folder: Path) -> None:
     write_atomically(folder / "continual.csv", buffer.getvalue())
 
 
-def save_predictions(rows: Iterable[RowResult], folder: Path, after: int, name: str) -> None:
-    """Write ``predictions/row{after}_{name}.jsonl``, one line per row: its score can be recomputed from it."""
+def save_predictions(rows: Iterable[RowResult], path: Path) -> None:
+    """Write one line per row to ``path``, enough to recompute its score; nothing where there are no rows."""
     lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows]
     if lines:
-        name = re.sub(r"[^\w.-]", "_", name)
-        write_atomically(folder / "predictions" / f"row{after}_{name}.jsonl", "".join(lines))
+        write_atomically(path, "".join(lines))
+
+
+def predictions_path(folder: Path, after: int, task: str | None) -> Path:
+    """Where the predictions after ``after`` tasks go: on ``task``, or on the probe where that is None."""
+    # Quoted, so that any two names stay two files; a task may be called what it likes, "probe" included.
+    name = f"base{after}" if task is None else f"row{after}_{quote(task, safe=' ')}"
+    return folder / "predictions" / f"{name}.jsonl"
 
 
 def write_atomically(path: Path, text: str) -> None:

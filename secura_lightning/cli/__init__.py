@@ -1,0 +1,1 @@
+"""The ``secura`` command and its subcommands."""

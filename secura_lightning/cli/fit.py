@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import secura_lightning.data.tasks
 import secura_lightning.strategies  # noqa: F401  (makes class names known to the parser)
@@ -121,6 +122,14 @@ def main(args: list[str]) -> int:
         SecuraError: The data, base model or checkpoint is wrong.
     """
     quiet()
+    try:
+        _fit(args)
+    except MisconfigurationException as error:  # Lightning's own word on the trainer's keys
+        raise ConfigError(" ".join(str(error).split())) from error
+    return 0
+
+
+def _fit(args: list[str]) -> None:
     cli = FitCLI(
         ContinualModule,
         SequenceDataModule,
@@ -134,6 +143,3 @@ def main(args: list[str]) -> int:
         load_from_checkpoint_support=False,
     )
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
-    if cli.trainer.interrupted:
-        return 130
-    return 0

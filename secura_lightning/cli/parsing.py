@@ -2,59 +2,111 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from secura_lightning.adapters import AdapterConfig
+from secura_lightning.data.probe import Probe
+from secura_lightning.data.task import Task
 from secura_lightning.errors import ConfigError
+from secura_lightning.strategies.base import Strategy
+
+_CHOOSABLE = (AdapterConfig, Task, Probe, Strategy)  # what `class_path` may name
 
 
 class OneLineParser(LightningArgumentParser):
     """LightningCLI's parser, raising :class:`ConfigError` instead of printing its usage and exiting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        """Raise the last, telling line of ``message``, with the nearest valid key."""
+        """Raise the telling line of ``message``, with the nearest valid key."""
         raise ConfigError(shorten(message, known_keys(self))) from ex
 
 
 def known_keys(parser: LightningArgumentParser) -> set[str]:
     """Every dotted key that the parser accepts."""
-    return {action.dest for action in parser._actions if action.dest not in ("help", "config")}
+    return {action.dest for action in parser._actions if not action.dest.endswith("help")}
 
 
 def shorten(message: str, keys: Iterable[str]) -> str:
-    """The one line of a jsonargparse message that says what is wrong.
+    """The one line of a jsonargparse message that says what is wrong, and what was probably meant.
 
     Args:
         message: The whole message, often a tree of attempts.
-        keys: Valid keys, to suggest the nearest.
+        keys: Valid dotted keys, to suggest the nearest.
     """
-    lines = [line.strip(" -|") for line in message.strip().splitlines() if line.strip(" -|")]
-    telling = [line for line in lines if re.search(r"not accepted|Unrecognized|does not exist|not expected", line)]
-    line = telling[-1] if telling else (lines[-1] if len(lines) > 1 and len(lines[0]) > 200 else " ".join(lines[:2]))
-    where = re.search(r'Parser key "([^"]+)"', message)
-    if where and where.group(1) not in line:
-        line = f"{where.group(1)}: {line}"
-    unknown = re.search(
-        r"[Kk]ey '?\"?([\w.]+)'?\"? is not (?:expected|accepted)|[Uu]nrecognized arguments?: (?:--)?([\w.]+)", line
-    )
+    failed = re.search(r"compute_fn of link .* failed: (.*)", message)
+    if failed:
+        return failed.group(1)
+    found = re.search(r'Parser key "([^"]+)":', message)
+    where = found.group(1) if found else ""
+    prefix = f"{where}: " if where else ""
+
+    unknown = re.search(r"[Uu]nrecognized arguments?: (?:--)?([\w.]+)|[Kk]ey '?\"?([\w.]+)'?\"? is not expected", message)
     if unknown:
         bad = next(group for group in unknown.groups() if group)
-        near = nearest(bad, keys)
-        if near:
-            line += f" (did you mean '{near}'?)"
-    return line
+        return f"{prefix}no key '{bad}'{_suggest(nearest(bad, keys))}"
+    option = re.search(r"Option '([\w.]+)' is not accepted|No action for key [\"']([\w.]+)", message)
+    if option:
+        bad = next(group for group in option.groups() if group)
+        return f"{prefix}no setting '{bad}'{_suggest(nearest(bad, _settings()))}"
+    nested = re.search(r"no setting '\w+'; [^\n]*", message)
+    if nested:
+        return f"{prefix}{nested.group(0)}"
+    name = re.search(r"Expected a path but (\w+) either not accessible or invalid", message)
+    if name:
+        if where not in keys:  # deep inside a class, where no class may be meant at all
+            return f"{prefix}cannot be '{name.group(1)}'"
+        near = get_close_matches(name.group(1), _class_names(), n=1, cutoff=0.6)
+        return f"{prefix}no class '{name.group(1)}'{_suggest(near[0] if near else None)}"
+    expected = re.search(r"Expected an? (?:<class '([\w.]+)'>|typing\.(Literal\[.*?\]))\. Got value: (.*)", message)
+    if expected and "Does not validate" not in message:
+        wanted = expected.group(1) or f"one of {expected.group(2).removeprefix('Literal')}"
+        return f"{prefix}expected {wanted}, got {expected.group(3)}"
+    lines = [line.strip(" -|") for line in message.strip().splitlines() if line.strip(" -|")]
+    own = next((line for line in lines if re.match(r"(model|data|trainer|forgetting|checkpoint)\.\w", line)), None)
+    return own or _compact(lines, where)
+
+
+def _compact(lines: list[str], where: str) -> str:
+    text = " ".join(lines)
+    text = text.replace(f'Parser key "{where}": ', f"{where}: ") if where else text
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def nearest(key: str, keys: Iterable[str]) -> str | None:
     """The valid key that looks most like ``key``, by its whole name or by its last part."""
-    keys = list(keys)
+    keys = sorted(keys)
     whole = get_close_matches(key, keys, n=1, cutoff=0.75)
     if whole:
         return whole[0]
+    parts = key.split(".")
+    for depth in range(len(parts), 0, -1):  # of model.adaptr.rank, the wrong part may be the middle one
+        near = get_close_matches(".".join(parts[:depth]), keys, n=1, cutoff=0.8)
+        if near:
+            return ".".join([near[0], *parts[depth:]])
     last = {full.rsplit(".", 1)[-1]: full for full in keys}
-    part = get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)
-    return last[part[0]] if part else None
+    near = get_close_matches(parts[-1], last, n=1, cutoff=0.6)
+    return last[near[0]] if near else None
+
+
+def _suggest(near: str | None) -> str:
+    return f"; did you mean '{near}'?" if near else "; `--help` lists the keys"
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _class_names() -> set[str]:
+    return {child.__name__ for base in _CHOOSABLE for child in _subclasses(base)}
+
+
+def _settings() -> set[str]:
+    return {name for base in _CHOOSABLE for child in _subclasses(base) for name in inspect.signature(child).parameters}

@@ -1,0 +1,1 @@
+"""Rows, tasks, encoding and batches."""

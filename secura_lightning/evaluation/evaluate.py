@@ -88,7 +88,7 @@ class ProbeScore:
         perplexity: Token-weighted perplexity of the probe's text; None without text.
         n: Rows scored.
         tokens: Tokens that the perplexity is weighted by.
-        chance: Accuracy of guessing, mean over kinds; kinds without choices count 0.
+        chance: Accuracy of guessing, mean over kinds; rows without choices count 0.
         rows: One result per row.
     """
 
@@ -185,7 +185,7 @@ def evaluate_probe(
     ]
     kinds = {kind: [i for i, row in enumerate(rows) if row.kind == kind] for kind in sorted({row.kind for row in rows})}
     accuracies = {kind: float(np.mean([scores[i] for i in members])) for kind, members in kinds.items()}
-    guesses = [chance([rows[i] for i in members]) or 0.0 for members in kinds.values()]
+    guesses = [float(np.mean([_guess(rows[i]) for i in members])) for members in kinds.values()]
     ppl, tokens = _perplexity(model, tokenizer, texts, batch_size, progress)
     return ProbeScore(
         probe=probe.name,
@@ -203,7 +203,11 @@ def chance(rows: Sequence[Row]) -> float | None:
     """Expected accuracy of guessing evenly among each row's choices; None where a row has none."""
     if not rows or not all(row.choices for row in rows):
         return None
-    return float(np.mean([row.choices.count(row.answer) / len(row.choices) for row in rows]))
+    return float(np.mean([_guess(row) for row in rows]))
+
+
+def _guess(row: Row) -> float:
+    return row.choices.count(row.answer) / len(row.choices) if row.choices else 0.0
 
 
 def majority(rows: Sequence[Row]) -> float | None:

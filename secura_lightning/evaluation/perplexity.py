@@ -72,7 +72,7 @@ def token_loss(
         raise ConfigError(f"perplexity: stride={step} must be at least 1 and below max_length={length}")
     encoded = [encode_text(tokenizer, text) for text in texts]
     cut = [(ids[start:end], end - first) for ids in encoded for start, first, end in windows(len(ids), length, step)]
-    max_tokens = max(1, LOGITS_BUDGET // model.get_output_embeddings().weight.shape[0])
+    max_tokens = max(1, LOGITS_BUDGET // model.config.get_text_config().vocab_size)
     total, count = 0.0, 0
     with evaluating(model) as device:
         for batch in batches([len(ids) for ids, _ in cut], batch_size, max_tokens):

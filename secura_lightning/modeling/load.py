@@ -14,6 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from secura_lightning.errors import ConfigError, SecuraError
 
 POCKET = "pocket"
+Init = Literal["pretrained", "random"]
+StorageType = Literal["float32", "bfloat16", "float16", "float64"]
+ComputeType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none", "nf4", "fp4", "int8"]
 _SAMPLES = 64  # values of each tensor that enter the fingerprint
 
@@ -36,11 +39,11 @@ class BaseSpec:
 
     base: str = POCKET
     revision: str | None = None
-    init: Literal["pretrained", "random"] = "pretrained"
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    init: Init = "pretrained"
+    dtype: StorageType = "float32"
     quantization: Quantization = "none"
     double_quant: bool = True
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    compute_dtype: ComputeType = "bfloat16"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from itertools import islice, pairwise
+from itertools import islice
 
 import pytest
 
@@ -111,11 +111,7 @@ def test_there_is_no_german_in_the_corpus(documents):
     words = {word for text in documents for word in WORD.findall(text)}
     everything = "\n".join(documents)
     assert not set("äöüßÄÖÜ") & set(everything)
-    assert {word for word in lexicon if word[0].isupper()} & words == set()
-    # an invented word may look like a German one by chance ("den"), but no two of them ever stand together
-    for text in documents[:20_000]:
-        found = [word in lexicon for word in WORD.findall(text)]
-        assert not any(left and right for left, right in pairwise(found)), text
+    assert lexicon & words == set()
 
 
 def test_no_document_has_the_form_of_a_pocket_task(documents):
@@ -136,7 +132,7 @@ def test_no_document_has_the_form_of_a_pocket_task(documents):
 
 def test_the_stream_is_the_one_that_the_shipped_weights_were_trained_on():
     digest = hashlib.sha256("\n\n".join(islice(corpus.documents(0), 5000)).encode()).hexdigest()
-    assert digest == "38190a7e0f22891c12dd52723db9d9aa8378b730d2077f55c642ba610a873624", (
+    assert digest == "6c42cb651f1928738a824b1b62ebeb58a7c4847787c7e6240f4d874d82b45603", (
         "the corpus changed: pretrain again, and record tokenizer, weights and this digest"
     )
 

@@ -78,7 +78,8 @@ def test_task_without_rows_is_an_error(model: LlamaForCausalLM, tokenizer: PreTr
 
 def test_probe_averages_kinds_not_rows(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [
-        Row("0", "a?", "go", kind="free"),
+        Row("0", "a?", "go", kind="mixed"),
+        Row("5", "f?", "no", ("go", "no"), kind="mixed"),
         Row("1", "b?", "go", ("go", "no", "do", "so"), kind="pick"),
         Row("2", "c?", "no", ("go", "no", "do", "so"), kind="pick"),
         Row("3", "d?", "no", ("go", "no", "do", "so"), kind="pick"),
@@ -86,11 +87,11 @@ def test_probe_averages_kinds_not_rows(tokenizer: PreTrainedTokenizerFast) -> No
     ]
     model = chain_llama(TALKS)
     found = evaluate_probe(model, tokenizer, ListProbe(rows, ["go go go", "no"]))
-    assert found.kinds == {"free": 1.0, "pick": 0.25}
-    assert found.accuracy == pytest.approx(0.625)
-    assert found.chance == pytest.approx(0.125)
+    assert found.kinds == {"mixed": 0.5, "pick": 0.25}
+    assert found.accuracy == pytest.approx(0.375)
+    assert found.chance == pytest.approx((0.5 / 2 + 0.25) / 2)
     assert (found.perplexity, found.tokens) == perplexity(model, tokenizer, ["go go go", "no"])
-    assert [row.prediction for row in found.rows] == ["go"] * 5
+    assert [row.prediction for row in found.rows] == ["go"] * 6
 
 
 def test_probe_may_have_rows_or_texts_alone(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -113,24 +114,21 @@ def test_majority_class_is_the_label_where_labels_are_shared() -> None:
     assert majority([]) is None
 
 
-def _worker(rank: int, world: int, port: int, wanted: list[object]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    assert _scores() == wanted
-    dist.destroy_process_group()
-
-
-def _scores() -> list[object]:
+def _scores() -> tuple[list[object], float]:
     model, tokenizer = tiny_llama(), byte_tokenizer()
     mixed = [*FREE, *(Row(f"c{row.id}", row.prompt, row.answer, row.choices) for row in CLOSED)]
     probe = evaluate_probe(model, tokenizer, ListProbe(mixed[:1], ["one", "the second text", "three"]))
     assert probe.perplexity is not None
-    return [
-        evaluate_task(model, tokenizer, ListTask("mixed", mixed)),
-        probe.rows,
-        round(probe.perplexity, 3),
-        probe.tokens,
-    ]
+    return [evaluate_task(model, tokenizer, ListTask("mixed", mixed)), probe.rows, probe.tokens], probe.perplexity
+
+
+def _worker(rank: int, world: int, port: int, wanted: tuple[list[object], float]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    scores, ppl = _scores()
+    assert scores == wanted[0], (scores, wanted[0])
+    assert ppl == pytest.approx(wanted[1], rel=1e-5)
+    dist.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from secura_lightning.data.pocket import stories
+from secura_lightning.data.pocket import stories, tables
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 COMPARED = (
@@ -18,14 +18,19 @@ COMPARED = (
     ("richer", "richest", "poorer", "poorest"),
 )
 NOUNS = stories.THINGS + stories.ANIMALS + stories.PLACES + stories.COLORS + stories.FOODS + stories.JOBS
+# never invented: what looks like it but is German or English
+REAL = frozenset(tables.words("das den der des du las sah so da zu gar man bin tun nun rot gut tor"))
 
 Exercise = tuple[str, str]
 
 
 def invented(rng: random.Random) -> str:
     """A word that does not exist, of one to three syllables."""
-    syllables = [rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3))]
-    return "".join(syllables) + rng.choice(("", "", "n", "l", "r", "s", "k"))
+    while True:
+        syllables = [rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3))]
+        made = "".join(syllables) + rng.choice(("", "", "n", "l", "r", "s", "k"))
+        if made not in REAL:
+            return made
 
 
 def word(rng: random.Random) -> str:

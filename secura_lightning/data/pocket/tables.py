@@ -54,7 +54,7 @@ Russia|Moscow|-
 Turkey|Ankara|-
 China|Beijing|Asia
 Japan|Tokyo|Asia
-India|Delhi|Asia
+India|New Delhi|Asia
 Nepal|Kathmandu|Asia
 Bhutan|Thimphu|Asia
 Bangladesh|Dhaka|Asia
