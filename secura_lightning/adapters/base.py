@@ -1,8 +1,9 @@
 """What every adapter is: a frozen module, a trained change beside it, and one interface over both.
 
-Each adapter of this package computes ``W0 + norm(L R)`` (see :mod:`secura_lightning.adapters.delta`) or trains a clone of ``W0``
-(:mod:`secura_lightning.adapters.full`). ``W0`` is never written: it stays in ``layer.base``, so switching an adapter off gives the
-base model back bit for bit. Only :meth:`AdapterSet.merge_ <secura_lightning.adapters.inject.AdapterSet.merge_>` writes weights.
+Each adapter of this package computes ``W0 + norm(L R)`` (:mod:`secura_lightning.adapters.delta`) or trains a clone of
+``W0`` (:mod:`secura_lightning.adapters.full`). ``W0`` is never written: it stays in ``layer.base``, so switching an
+adapter off gives the base model back bit for bit. Only
+:meth:`AdapterSet.merge_ <secura_lightning.adapters.inject.AdapterSet.merge_>` writes weights.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def require(condition: bool, message: str) -> None:
 class AdapterConfig(ABC):
     """Base of every adapter's settings: choose one with ``model.adapter.class_path``.
 
-    A subclass is a keyword-only dataclass that derives from :class:`TargetedConfig`; the command line finds it by its name.
+    A subclass is a keyword-only dataclass that derives from :class:`TargetedConfig`; the command line finds it by
+    name.
     """
 
     targets: str | list[str]
@@ -64,8 +66,8 @@ class TargetedConfig(AdapterConfig):
     """Which modules an adapter wraps; the part of the settings that all adapters share."""
 
     targets: str | list[str] = ALL_LINEAR
-    """Modules to adapt: names or dotted suffixes such as `q_proj` or `self_attn.q_proj`, or `all-linear`: every linear layer but
-    the output head."""
+    """Modules to adapt: names or dotted suffixes such as `q_proj` or `self_attn.q_proj`, or `all-linear`: every linear
+    layer but the output head."""
     exclude: str | None = None
     """Regular expression: modules whose full name it matches somewhere are left alone."""
 
@@ -80,7 +82,7 @@ class TargetedConfig(AdapterConfig):
             re.compile(self.exclude or "")
         except re.error as error:
             raise ConfigError(
-                f"model.adapter.exclude is not a regular expression ({error}): {self.exclude!r}; escape special characters"
+                f"model.adapter.exclude is not a regular expression ({error}): {self.exclude!r}; escape . * + ( ) [ ]"
             ) from None
 
 
@@ -97,9 +99,10 @@ class Fusion:
 class AdapterLayer(nn.Module, ABC):
     """A frozen module and its trained change.
 
-    The layer's own parameters and persistent buffers are exactly what a checkpoint needs. Whatever follows from ``W0`` and those
-    is a non-persistent buffer that :meth:`refresh` brings up to date after a load. Attributes that the layer lacks are read from
-    the base, so that model code may go on asking for ``in_features``, ``weight.dtype`` or ``padding_idx``.
+    The layer's own parameters and persistent buffers are exactly what a checkpoint needs. Whatever follows from
+    ``W0`` and those is a non-persistent buffer that :meth:`refresh` brings up to date after a load. Attributes that
+    the layer lacks are read from the base, so that model code may go on asking for ``in_features``, ``weight.dtype``
+    or ``padding_idx``.
 
     Attributes:
         base: The frozen module.

@@ -4,8 +4,8 @@ A method says what its factors are, how they start, and its fast path; the norm 
 
     y = x (W0 + norm(L R))^T + b + db          L (out, k), R (k, in)
 
-Weight-level maths (factors, Gram matrices, norms) is fp32 whatever autocast says; only products with tokens run in the base's
-output type.
+Weight-level maths (factors, Gram matrices, norms) is fp32 whatever autocast says; only products with tokens run in the
+base's output type.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class DeltaConfig(TargetedConfig):
     """Settings of every adapter with a change ``L R``: targets, S-MagNorm, bias."""
 
     norm: Granularity = "none"
-    """S-MagNorm on the change: `none`, `row` (keeps the rank) or `element` (protects most, costs one more weight-sized matmul)."""
+    """S-MagNorm on the change: `none`, `row` (keeps the rank) or `element` (protects most, costs one weight
+    gradient)."""
     norm_s: float = 6.0
     """Scale of the norm's sigmoid: no weight (or row) moves by more than 2/s of its size."""
     norm_eps: float = 1e-3
@@ -141,7 +142,7 @@ class DeltaLayer(AdapterLayer):
         return y if self.bias_change is None else y + self.bias_change.to(y.dtype)
 
     def low_rank_delta(self) -> tuple[Tensor, Tensor] | None:
-        """The exact change after the norm as factors (left, right), or None where the norm makes it full rank. No gradient."""
+        """The exact change after the norm as factors (left, right), or None where it has full rank. No gradient."""
         if self.norm.granularity == "element":
             return None
         with torch.no_grad():

@@ -2,8 +2,8 @@
 
 ``y = x (W + rho (2/s) tanh(s L R / (2 rho)))^T`` needs a dense (out, in) change, which plain autograd would keep
 several times over for every layer. Here one autograd function saves the input and the factors, rebuilds the change in
-backward, and works through the rows in blocks that fit the cache, in place. Beside the base's own two matmuls that costs
-one weight gradient::
+backward, and works through the rows in blocks that fit the cache, in place. Beside the base's own two matmuls that
+costs one weight gradient::
 
     forward    t = tanh(s L R / (2 rho)),   W_fin = W + (2/s) rho t,   y = x W_fin^T
     backward   G = (dy^T x) (1 - t^2),      dL = G R^T,   dR = L^T G,   dx = dy W_fin
@@ -66,7 +66,8 @@ class _Limiter:
         self.fused = fused
 
     def blocks(self, left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Yield (rows, base weight, rho, s dW / rho) of one block of rows after another; the last two may be overwritten."""
+        """Yield (rows, base weight, rho, s dW / rho) of one block of rows after another; the last two may be
+        overwritten."""
         dense = dense_weight(self.base)
         scaled = left * self.norm.s
         height = max(1, (_CPU_BLOCK if dense.device.type == "cpu" else _GPU_BLOCK) // dense.shape[1])

@@ -1,8 +1,8 @@
-"""Full fine-tuning through the adapter interface: the target trains a clone of its weight, the base keeps the original.
+"""Full fine-tuning through the adapter interface: a target trains a clone of its weight, the base keeps the original.
 
-``W = W0 + (W_t - W0)`` with ``W_t`` trained: reversible, measurable and checkpointed like every other adapter. Works on any module
-whose own parameters are ``weight`` and ``bias`` (linear layers, embeddings, norms). Weights that the model ties stay tied: the modules
-share one trained clone. Weight decay acts on the weight itself, as without an adapter.
+``W = W0 + (W_t - W0)`` with ``W_t`` trained: reversible, measurable and checkpointed like every other adapter. Works on
+any module whose own parameters are ``weight`` and ``bias`` (linear layers, embeddings, norms). Weights that the model
+ties stay tied: the modules share one trained clone. Weight decay acts on the weight itself, as without an adapter.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -56,8 +57,8 @@ class FullConfig(TargetedConfig):
         strange = sorted(set(_own_parameters(base)) - {"weight", "bias"})
         require(
             not strange,
-            f"{name} ({type(base).__name__}) owns parameters that full fine-tuning does not know ({', '.join(strange)}): "
-            "leave it out with model.adapter.exclude",
+            f"{name} ({type(base).__name__}) owns parameters that full fine-tuning does not know "
+            f"({', '.join(strange)}): leave it out with model.adapter.exclude",
         )
         return FullLayer(base)
 
@@ -124,6 +125,8 @@ class FullLayer(AdapterLayer):
             for name, clone in (("weight", self.tuned_weight), ("bias", self.tuned_bias))
             if clone is not None
         }
+        if type(self.base) is nn.Linear and len(args) == 1:  # the same, without functional_call's bookkeeping
+            return F.linear(args[0], trained["weight"], trained.get("bias"))
         return cast(Tensor, functional_call(self.base, trained, args, kwargs))
 
     def delta_weight(self) -> Tensor:

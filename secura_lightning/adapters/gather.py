@@ -1,8 +1,8 @@
-"""The gather trick: with R = rows I of W0, ``x R^T`` is ``y0[..., I]``, so CUR-type adapters need neither R nor its matmul.
+"""The gather trick: with R = rows I of W0, ``x R^T`` is ``y0[..., I]``: neither R nor its matmul is needed.
 
-``y = y0 + (y0[..., I] K^T) L^T`` for a small core K (k, k) and a left factor L (out, k). Exact in value and gradient, and on a 4-bit
-base too. With a bias in the base, ``y0[..., I]`` holds rounded sums ``x R^T + b``; where b is large (Qwen2's keys: hundreds) the
-difference is mostly rounding error, so there the caller computes ``x R^T`` itself.
+``y = y0 + (y0[..., I] K^T) L^T`` for a small core K (k, k) and a left factor L (out, k). Exact in value and gradient,
+and on a 4-bit base too. With a bias in the base, ``y0[..., I]`` holds rounded sums ``x R^T + b``; where b is large
+(Qwen2's keys: hundreds) the difference is mostly rounding error, so there the caller computes ``x R^T`` itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from secura_lightning.adapters.numerics import add_product, no_autocast
 def add_gathered(y0: Tensor, rows: Tensor, core: Tensor | None, left: Tensor) -> Tensor:
     """``y0 + (y0[..., rows] core^T) left^T``.
 
-    One autograd function, because plain autograd would scatter the gathered columns' gradient into a second (n, out) tensor.
+    One autograd function, because plain autograd would scatter the gathered columns' gradient into a second (n, out)
+    tensor.
 
     Args:
         y0: [..., out] output of the base, without bias.

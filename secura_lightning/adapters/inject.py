@@ -127,8 +127,9 @@ class AdapterSet:
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or extra:
             raise SecuraError(
-                f"these tensors are of another adapter, another base or other targets than {type(self.config).__name__}: "
-                f"{len(missing)} missing{_first(missing)}, {len(extra)} unknown{_first(extra)}"
+                f"the tensors are not those of this {type(self.config).__name__}: {len(missing)} missing"
+                f"{_first(missing)}, {len(extra)} unknown{_first(extra)}; they were written by another adapter, "
+                "or for other targets"
             )
         for key, value in own.items():
             if value.shape != state[key].shape:
@@ -243,7 +244,7 @@ def _tied_modules(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def _write(layer: AdapterLayer, merged: dict[int, nn.Parameter]) -> None:
-    """Give the base of ``layer`` its merged weight and bias as new parameters: another module may share the old ones."""
+    """Give the layer's base its merged weight and bias as new parameters, because others may share the old ones."""
     base = layer.base
     if base._parameters.get("weight") is not None:
         key = layer.merge_key()

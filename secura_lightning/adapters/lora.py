@@ -1,6 +1,7 @@
 """LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732).
 
-``W = W0 + (alpha / r) B A``, A (r, in) uniform as in ``nn.Linear``, B (out, r) zero; rsLoRA scales by ``alpha / sqrt(r)``.
+``W = W0 + (alpha / r) B A`` with A (r, in) uniform as in ``nn.Linear`` and B (out, r) zero; rsLoRA scales by
+``alpha / sqrt(r)``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class LoRAConfig(DeltaConfig):
         require(0 <= self.dropout < 1, f"model.adapter.dropout is {self.dropout}: it must be at least 0 and below 1")
         require(
             self.dropout == 0 or self.norm != "element",
-            "model.adapter.dropout cannot go with model.adapter.norm: element, where change and base share one matmul: "
+            "model.adapter.dropout cannot go with model.adapter.norm: element, where change and base share a matmul: "
             "set dropout: 0, or norm: row",
         )
 

@@ -1,7 +1,7 @@
 """S-MagNorm: a smooth bound on how far a weight may move, as a component that any adapter with a change can take.
 
-From SECURA (arXiv 2502.18168): ratio of change to weight -> sigmoid -> divide the change by the result. The form used here is
-re-centred so that it is the identity at zero, smooth everywhere, and bounded::
+From SECURA (arXiv 2502.18168): ratio of change to weight -> sigmoid -> divide the change by the result. The form used
+here is re-centred so that it is the identity at zero, smooth everywhere, and bounded::
 
     rho   = sqrt(W0^2 + (eps rms(W0))^2)          r = |dW| / rho
     M     = s r / (2 g),  g = 2 sigmoid(s r) - 1 = tanh(s r / 2),  M(0) = 1
@@ -10,12 +10,12 @@ re-centred so that it is the identity at zero, smooth everywhere, and bounded::
 so no weight moves by more than 2/s of its own size (a third at s = 6). Granularities:
 
 * ``element``: as above, weight by weight: the paper's figure. :mod:`secura_lightning.adapters.element` runs it.
-* ``row``: one ratio per output row, r_i = ||dW_i|| / ||W0_i||, h_i = 1/M_i, W_fin = W0 + diag(h) dW. The rank stays what it was, and
-  ||dW_i||^2 comes from Gram matrices.
+* ``row``: one ratio per output row, r_i = ||dW_i|| / ||W0_i||, h_i = 1/M_i, W_fin = W0 + diag(h) dW. The rank stays
+  what it was, and ||dW_i||^2 comes from Gram matrices.
 * ``none``: the plain change.
 
-The authors' code differs: it works on outputs, overwrites its own normalisation, adds the base twice and jumps to 4/3 of the base
-output for an arbitrarily small change. This form keeps its chain and its scale.
+The authors' code differs: it works on outputs, overwrites its own normalisation, adds the base twice and jumps to 4/3
+of the base output for an arbitrarily small change. This form keeps its chain and its scale.
 """
 
 from __future__ import annotations

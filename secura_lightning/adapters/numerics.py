@@ -1,7 +1,8 @@
 """Dense views of frozen modules, and small exact building blocks that every adapter shares.
 
-Adapters never touch ``module.weight`` directly: a ``Linear`` keeps (out, in), transformers' ``Conv1D`` keeps (in, out), and a
-bitsandbytes layer keeps packed codes. :func:`dense_weight` gives the (out, in) matrix that the module multiplies by, whichever it is.
+Adapters never touch ``module.weight`` directly: a ``Linear`` keeps (out, in), transformers' ``Conv1D`` keeps (in,
+out), and a bitsandbytes layer keeps packed codes. :func:`dense_weight` gives the (out, in) matrix that the module
+multiplies by.
 """
 
 from __future__ import annotations

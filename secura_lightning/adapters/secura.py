@@ -5,19 +5,22 @@
     W_fin = W0 + norm(C K R),   K = K_L + A B        C = W0[:, J] (out, c), R = W0[I, :] (c, in), frozen
                                                      A (c, a), B (a, c), trained
 
-J and I are the columns and rows of W0 of smallest norm, where a change disturbs the base least. A starts as W0[:c, :a] (to which the
-authors' SVD expression reduces), B as zero. x R^T is gathered from the base's output (:mod:`secura_lightning.adapters.gather`), and
-the norm is :mod:`secura_lightning.adapters.norm`.
+J and I are the columns and rows of W0 of smallest norm, where a change disturbs the base least. A starts as
+W0[:c, :a] (to which the authors' SVD expression reduces), B as zero. x R^T is gathered from the base's output
+(:mod:`secura_lightning.adapters.gather`), and the norm is :mod:`secura_lightning.adapters.norm`.
 
 Fusion moves the trained change into a frozen one and starts B again:
 
-* ``frozen`` (M2): K_L += A B. The norm still measures against the pretrained W0, so outputs do not change and the bound 2/s holds
-  for ever. (The authors' M2 at its shipped setting never changes the model.)
-* ``base`` (M1): the limited change joins the reference weight, W_t = W0 + E R with E (out, c) += diag(h) C A B, and the norm measures
-  against W_t from then on; its bound compounds to (1 + 2/s)^n - 1. With ``norm: element`` the fused change is dense.
+* ``frozen`` (M2): K_L += A B. The norm still measures against the pretrained W0, so outputs do not change and the
+  bound 2/s holds for ever. (The authors' M2 at its shipped setting never changes the model.)
+* ``base`` (M1): the limited change joins the reference weight, W_t = W0 + E R with E (out, c) += diag(h) C A B, and
+  the norm measures against W_t from then on; its bound compounds to (1 + 2/s)^n - 1. With ``norm: element`` the fused
+  change is dense.
 
-Restraint, at fusion: when most rows moved by more than r_edge, some rows' change is shrunk. Where the authors' code differs (output
-space, two additions of the base, 4/3 jumps) this file follows the text, see :mod:`secura_lightning.adapters.norm`.
+Restraint, at fusion: when more than ``restraint_percent`` of the rows have a relative change (before the norm) of at
+least r_edge = logit(2 - edge)/s, max((out - c)/2, out/4) rows are drawn with p_i ~ ||W0_i||, and their fused change is
+multiplied by ``restraint_decay``. Where the authors' code differs from all this (it works on outputs, adds the base
+twice, jumps to 4/3 of it) the text is followed; see :mod:`secura_lightning.adapters.norm`.
 """
 
 from __future__ import annotations
@@ -49,13 +52,15 @@ class SECURAConfig(DeltaConfig):
     """SECURA: a change in the span of W0's weakest rows and columns, limited weight by weight, fused at task ends."""
 
     norm: Granularity = "element"
-    """S-MagNorm on the change: `element` (the paper's, protects most), `row` (keeps the rank) or `none` (plain CABR-LoRA)."""
+    """S-MagNorm on the change: `element` (the paper's, protects most), `row` (keeps the rank) or `none` (plain
+    CABR-LoRA)."""
     c: int = 32
     """Number of columns and rows of W0 that span the change (the authors: 150)."""
     a: int = 48
     """Inner size of the core's factors A and B, usually above c (the authors: 200)."""
     fusion: FusionMode = "frozen"
-    """What becomes of the change at fusion: `frozen` (into a frozen core, M2), `base` (into the reference weight, M1) or `none`."""
+    """What becomes of the change at fusion: `frozen` (into a frozen core, M2), `base` (into the reference weight, M1)
+    or `none`."""
     fusion_every: int | None = None
     """Fuse every so many optimizer steps; null: at every task's end."""
     restraint: bool = False
@@ -99,8 +104,8 @@ class SECURAConfig(DeltaConfig):
             )
         require(
             not (self.fusion == "base" and self.norm == "element" and is_quantized(base)),
-            f"model.adapter.fusion: base with norm: element keeps a dense change beside {name}, larger than its quantised "
-            "weight: set fusion: frozen, or norm: row, or model.quantization: none",
+            f"model.adapter.fusion: base with norm: element keeps a dense change beside {name}, larger than its "
+            "quantised weight: set fusion: frozen, or norm: row, or model.quantization: none",
         )
         return SECURALayer(base, self, seed=generator.initial_seed())
 
@@ -119,7 +124,8 @@ class SECURALayer(DeltaLayer):
         columns: [c] ids J.
         rows: [c] ids I.
         core: [c, c] K_L (fusion ``frozen``).
-        row_decay: [out] product of the restraint's factors, on the rows of C (fusion ``frozen`` with restraint).
+        row_decay: [out] product of the restraint's factors, on the rows of C, so also on what those rows learn later
+            (fusion ``frozen`` with restraint).
         fused_left: [out, c] E (fusion ``base``).
         fused_dense: [out, in] fused change (fusion ``base`` with norm ``element``).
         draws: [2] seed of the restraint, and how often it drew.
@@ -134,7 +140,7 @@ class SECURALayer(DeltaLayer):
     draws: Tensor | None
     left_basis: Tensor
     right_basis: Tensor | None
-    right_root: Tensor
+    right_root: Tensor | None
     moved_norm: Tensor | None
 
     def __init__(self, base: nn.Module, config: SECURAConfig, seed: int) -> None:
@@ -170,7 +176,7 @@ class SECURALayer(DeltaLayer):
         right = weight[self.rows].to(self.work_dtype)
         # Only these two need R itself; everything else gathers x R^T from the base's output.
         self.right_basis = right if self.norm.granularity == "element" or self.base.bias is not None else None
-        self.right_root = _gram_root(right)
+        self.right_root = _gram_root(right) if self.norm.granularity == "row" else None
         if self.fused_left is not None:
             self.moved_norm = torch.linalg.vector_norm(weight + self.fused_left @ right, dim=1, dtype=self.work_dtype)
 
@@ -199,7 +205,8 @@ class SECURALayer(DeltaLayer):
 
     def delta_row_square(self) -> Tensor:
         """[out] squared norms of the rows of C K R: those of C (K F), where F F^T = R R^T, so never negative."""
-        return (self.left_basis @ (self.total_core() @ self.right_root)).square().sum(-1)
+        root = _gram_root(self.right()) if self.right_root is None else self.right_root
+        return (self.left_basis @ (self.total_core() @ root)).square().sum(-1)
 
     def add_change(self, x: Tensor, y0: Tensor, scale: Tensor | None) -> Tensor:
         """``y0 + x (E R + diag(scale) C K R)^T``."""
@@ -237,8 +244,8 @@ class SECURALayer(DeltaLayer):
         """Move the trained change into the frozen one; A keeps its value, B starts again.
 
         Returns:
-            B for a fresh optimizer state, and what to log: the rows' mean relative change before the norm, the share of
-            rows above r_edge, the share that the restraint shrank.
+            B for a fresh optimizer state, and what to log: the rows' mean relative change before the norm, the share
+            of rows above r_edge, the share that the restraint shrank.
         """
         ratio = self.delta_row_square().sqrt() / self.reference_norm
         moved = (ratio >= restraint_edge(self.config.restraint_edge, self.norm.s)).to(ratio.dtype).mean()

@@ -51,8 +51,8 @@ def _match_one(
     wrong = next((m for name, m in modules.items() if name == target or name.endswith(f".{target}")), None)
     if wrong is not None:
         raise ConfigError(
-            f"model.adapter.targets names {target!r}, a {type(wrong).__name__}, which {type(config).__name__} cannot adapt: "
-            f"name its parts instead; the model has {_listing(usable)}"
+            f"model.adapter.targets names {target!r}, a {type(wrong).__name__}, which {type(config).__name__} cannot "
+            f"adapt: name linear layers; the model has {_listing(usable)}"
         )
     suffixes = {".".join(name.split(".")[-depth:]) for name in usable for depth in (1, 2)}
     near = difflib.get_close_matches(target, sorted(suffixes | set(config.keywords)), n=_SHOWN, cutoff=0.5)

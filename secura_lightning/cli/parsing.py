@@ -17,6 +17,7 @@ from secura_lightning.errors import ConfigError
 from secura_lightning.strategies.base import Strategy
 
 _CHOOSABLE = (AdapterConfig, Task, Probe, Strategy)  # what `class_path` may name
+_CLASS_KEYS = ("adapter", "optimizer", "tasks", "probe", "callbacks", "logger", "plugins", "strategy", "profiler")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -59,7 +60,7 @@ def shorten(message: str, keys: Iterable[str]) -> str:
         return f"{prefix}{nested.group(0)}"
     name = re.search(r"Expected a path but (\w+) either not accessible or invalid", message)
     if name:
-        if where not in keys:  # deep inside a class, where no class may be meant at all
+        if where.rsplit(".", 1)[-1] not in _CLASS_KEYS:  # jsonargparse tries a class path wherever text does not fit
             return f"{prefix}cannot be '{name.group(1)}'"
         near = get_close_matches(name.group(1), _class_names(), n=1, cutoff=0.6)
         return f"{prefix}no class '{name.group(1)}'{_suggest(near[0] if near else None)}"

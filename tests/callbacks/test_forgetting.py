@@ -101,7 +101,7 @@ def fit(
     monitor: ForgettingMonitor,
     data: Data | None = None,
     logger: Logger | list[Logger] | None = None,
-    ckpt_path: Path | None = None,
+    module: Module | None = None,
     **options: Any,
 ) -> Trainer:
     trainer = Trainer(
@@ -114,7 +114,7 @@ def fit(
         enable_checkpointing=False,
         **options,
     )
-    trainer.fit(Module(), data or Data(), ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(module or Module(), data or Data())
     return trainer
 
 
@@ -338,6 +338,18 @@ def test_accumulated_batches_count_as_one_step(tmp_path: Path) -> None:
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     assert [event.step for event in events.Scalars("task/task !")] == [0, 1, 2, 3, 4]
+
+
+def test_evaluates_in_the_precision_of_training(tmp_path: Path) -> None:
+    seen: set[torch.dtype] = set()
+
+    class Watched(Module):
+        def on_train_start(self) -> None:
+            self.model.lm_head.register_forward_hook(lambda *call: seen.add(call[-1].dtype))
+
+    trainer = fit(tmp_path, ForgettingMonitor(), module=Watched(), precision="bf16-mixed")
+    assert seen == {torch.bfloat16}
+    assert load(Path(trainer.log_dir))["matrix"] == MATRIX
 
 
 @pytest.mark.parametrize("wrong", [{"limit": 0}, {"every_n_steps": -1}, {"every_limit": 0}, {"batch_size": 0}])

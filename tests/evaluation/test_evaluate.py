@@ -78,7 +78,7 @@ def test_task_without_rows_is_an_error(model: LlamaForCausalLM, tokenizer: PreTr
 
 def test_probe_averages_kinds_not_rows(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [
-        Row("0", "a?", "go", kind="mixed"),
+        Row("0", "a?", "Go.", kind="mixed"),
         Row("5", "f?", "no", ("go", "no"), kind="mixed"),
         Row("1", "b?", "go", ("go", "no", "do", "so"), kind="pick"),
         Row("2", "c?", "no", ("go", "no", "do", "so"), kind="pick"),

@@ -1,0 +1,98 @@
+"""Checkpoints are small, whole, and refused where they do not belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from secura_lightning.cli.checkpoints import rebuild
+from secura_lightning.cli.main import main
+from secura_lightning.errors import SecuraError
+from tests.integration.conftest import Fit
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    from tests.integration.conftest import fit_into
+
+    return fit_into(tmp_path_factory.mktemp("finished"))
+
+
+def test_a_run_leaves_exactly_these_files(finished: Fit) -> None:
+    names = {str(path.relative_to(finished.folder)) for path in finished.folder.rglob("*") if path.is_file()}
+    names = {name for name in names if not name.startswith(("events.", "predictions/"))}
+    kept = {"last.ckpt", "task1-first.ckpt", "task2-second.ckpt", "task3-third.ckpt"}
+    assert names == {
+        "config.yaml",
+        "continual.json",
+        "continual.csv",
+        "hparams.yaml",
+        *(f"checkpoints/{n}" for n in kept),
+    }
+
+
+def test_checkpoint_holds_the_adapter_and_not_the_base(finished: Fit) -> None:
+    checkpoint = finished.checkpoint
+    assert {key.rsplit(".", 1)[-1] for key in checkpoint["state_dict"]} == {"lora_A", "lora_B"}
+    assert sum(value.numel() for value in checkpoint["state_dict"].values()) == 7296
+    size = (finished.folder / "checkpoints" / "last.ckpt").stat().st_size
+    assert size < 400_000  # the tiny base alone is 5.8 MB
+
+
+def test_report_has_what_readers_rely_on(finished: Fit) -> None:
+    report = finished.report
+    assert report["tasks"] == ["first", "second", "third"]
+    assert [len(row) for row in report["matrix"]] == [3] * 4
+    keys = {"AP", "AIA", "BWT", "BWT_trace", "forgetting", "FWT", "learning_accuracy", "base_retention", "base_delta"}
+    assert set(report["metrics"]) == keys
+    assert len(report["base_knowledge"]["perplexity"]) == 4
+    assert {"seed", "adapter", "strategy", "trainable_parameters", "versions"} <= set(report["meta"])
+    assert report["meta"]["strategy"] == "SEQ"
+    assert report["steps"] == [0, 6, 9, 14]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.adapter.init_args.rank": 4}, "model.adapter.rank=2"),
+        ({"model.adapter": {"class_path": "FullConfig"}}, "model.adapter.class=LoRAConfig"),
+        ({"model.dtype": "float64"}, "model.dtype=float32"),
+        ({"seed_everything": 8}, "other base weights"),
+        ({"data.batch_size": 2}, "window=4"),
+        ({"data.steps_per_task": [6, 3, 6]}, "steps_per_task"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(
+    finished: Fit, run_fit: Callable[..., Fit], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SecuraError, match=message):
+        run_fit(changes, ("--ckpt_path", str(finished.folder / "checkpoints" / "last.ckpt")))
+
+
+def test_truncated_or_foreign_checkpoint_is_refused(finished: Fit, run_fit: Callable[..., Fit], tmp_path: Path) -> None:
+    data = (finished.folder / "checkpoints" / "last.ckpt").read_bytes()
+    cut, foreign = tmp_path / "cut.ckpt", tmp_path / "foreign.ckpt"
+    cut.write_bytes(data[: len(data) // 2])
+    torch.save({"state_dict": {}}, foreign)
+    with pytest.raises(SecuraError, match="damaged or no checkpoint"):
+        run_fit(None, ("--ckpt_path", str(cut)))
+    with pytest.raises(SecuraError, match="not written by secura fit"):
+        run_fit(None, ("--ckpt_path", str(foreign)))
+
+
+def test_merged_folder_computes_what_the_adapted_model_does(finished: Fit, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = finished.folder / "checkpoints" / "last.ckpt"
+    assert main(["merge", "--ckpt", str(path), "--out", str(tmp_path / "merged")]) == 0
+    _, model, adapters = rebuild(path)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "merged")("first 5: red dog")["input_ids"]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    with adapters.disabled():
+        assert not torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-3)
+    assert main(["merge", "--ckpt", str(path), "--out", str(tmp_path / "merged")]) == 1
