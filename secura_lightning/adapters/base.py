@@ -120,8 +120,6 @@ class AdapterLayer(nn.Module, ABC):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base":  # not set yet: asking the base for it would never end
-                raise
             return getattr(super().__getattr__("base"), name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -27,7 +27,7 @@ from secura_lightning.adapters.numerics import add_product, dense_weight, is_pla
 
 # Elements of one block of rows: a few such fp32 blocks fit a CPU's cache, while a GPU wants few, large kernels.
 _CPU_BLOCK = 1 << 17
-_GPU_BLOCK = 1 << 25
+_GPU_BLOCK = 1 << 23
 
 
 def element_linear(

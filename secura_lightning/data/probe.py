@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
+from typing import Literal
 
+from secura_lightning.data.read import documents, read_text
 from secura_lightning.data.rows import Row
+from secura_lightning.errors import SecuraError
 
 
 class Probe(ABC):
@@ -62,3 +65,41 @@ class PocketProbe(Probe):
         from secura_lightning.data.pocket.probe import probe_text
 
         return probe_text()
+
+
+class TextProbe(Probe):
+    """The perplexity of a text file: base knowledge of any model on its own kind of text, without questions.
+
+    Args:
+        path: A UTF-8 text file. ``<|endoftext|>`` always separates documents.
+        documents: Without that marker, the ``file`` is one document (each token sees what precedes it, as perplexities
+            of running text are reported), or blank lines separate ``blocks``.
+        name: Short name, for reports.
+    """
+
+    def __init__(self, path: str, documents: Literal["file", "blocks"] = "file", name: str = "text") -> None:
+        super().__init__(name)
+        self.path = path
+        self.documents = documents
+
+    def rows(self) -> list[Row]:
+        """No questions."""
+        return []
+
+    def texts(self) -> list[str]:
+        """The file's documents.
+
+        Raises:
+            SecuraError: The file is missing, not UTF-8, or empty.
+        """
+        return self._texts
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        try:
+            found = documents(read_text(self.path), blank_lines=self.documents == "blocks")
+        except SecuraError as error:
+            raise SecuraError(f"data.probe: {error}") from error
+        if not found:
+            raise SecuraError(f"data.probe: {self.path} holds no text")
+        return found

@@ -29,6 +29,7 @@ class Task(LightningDataModule, ABC):
     """
 
     is_text = False
+    name: str  # LightningDataModule leaves it optional
 
     def __init__(self, name: str, metric: str, max_new_tokens: int = 32, separator: str = " ", seed: int = 0) -> None:
         super().__init__()

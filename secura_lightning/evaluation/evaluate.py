@@ -83,12 +83,12 @@ class ProbeScore:
 
     Attributes:
         probe: The probe's name.
-        kinds: Accuracy per kind of knowledge.
-        accuracy: Mean over kinds.
+        kinds: Accuracy per kind of knowledge; empty for a probe of text alone.
+        accuracy: Mean over kinds; NaN without any.
         perplexity: Token-weighted perplexity of the probe's text; None without text.
         n: Rows scored.
         tokens: Tokens that the perplexity is weighted by.
-        chance: Accuracy of guessing, mean over kinds; rows without choices count 0.
+        chance: Accuracy of guessing, mean over kinds; rows without choices count 0. None without rows.
         rows: One result per row.
     """
 
@@ -98,7 +98,7 @@ class ProbeScore:
     perplexity: float | None
     n: int
     tokens: int
-    chance: float
+    chance: float | None
     rows: list[RowResult] = field(default_factory=list, repr=False)
 
 
@@ -131,7 +131,7 @@ def evaluate_task(
     Raises:
         SecuraError: The split has no rows.
     """
-    name = str(task.name)  # LightningDataModule types it as optional
+    name = task.name
     rows = subset(task.rows(split), limit)
     if not rows:
         raise SecuraError(f"task '{name}' has no rows in its {split} split, so it cannot be scored")
@@ -194,7 +194,7 @@ def evaluate_probe(
         perplexity=ppl if texts else None,
         n=len(rows),
         tokens=tokens,
-        chance=float(np.mean(guesses)) if guesses else 0.0,
+        chance=float(np.mean(guesses)) if guesses else None,
         rows=_results(rows, predictions, scores),
     )
 

@@ -233,6 +233,23 @@ def _backward(model: nn.Module, parameters: list[nn.Parameter]) -> list[Tensor]:
 
 
 @every_adapter
+def test_nothing_as_large_as_a_weight_is_kept_for_backward(config: AdapterConfig) -> None:
+    _, adapters = adapted(config)
+    for layer in adapters.layers.values():
+        own = {layer.weight.data_ptr(), layer.base.weight.data_ptr()}
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor, own: set[int] = own, sizes: list[int] = sizes) -> Tensor:
+            if tensor.data_ptr() not in own:
+                sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(torch.randn(3, linear_shape(layer.base)[1], requires_grad=True))
+        assert max(sizes, default=0) < layer.base.weight.numel()
+
+
+@every_adapter
 def test_only_the_adapter_trains(config: AdapterConfig) -> None:
     model, adapters = adapted(config)
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapters.trainable_parameters()}
@@ -272,6 +289,15 @@ def test_adapter_answers_for_the_module_that_it_wraps(config: AdapterConfig) -> 
     assert layer.bias.shape == (layer.out_features,)
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = layer.no_such_thing
+
+
+@every_adapter
+def test_a_copied_model_is_independent(config: AdapterConfig) -> None:
+    model, adapters = adapted(config)
+    expected, twin = model(IDS), copy.deepcopy(model)
+    move(adapters, seed=11)
+    assert torch.equal(twin(IDS), expected)
+    assert not torch.equal(model(IDS), expected)
 
 
 @every_adapter

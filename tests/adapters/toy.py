@@ -110,7 +110,7 @@ VARIANTS = variants()
 def adapted(
     config: AdapterConfig, dtype: torch.dtype = torch.float32, moved: bool = True
 ) -> tuple[ToyModel, AdapterSet]:
-    """A toy model with adapters; ``moved`` takes them far from their start, where norms bend."""
+    """A toy model with adapters; ``moved`` takes them away from their start, where norms bend."""
     model = ToyModel().to(dtype)
     adapters = inject(model, config, seed=1)
     if moved:
@@ -137,7 +137,7 @@ def train(model: nn.Module, adapters: AdapterSet, steps: int = 3, lr: float = 1e
 
 
 def numpy_weight(layer: AdapterLayer) -> np.ndarray:
-    """The dense weight that a layer stands for, in numpy and fp64, written from METHODS rather than from the package."""
+    """The dense weight that a layer stands for, in numpy and fp64, after METHODS rather than after the package."""
     base = layer.base.weight.detach().double().numpy()
     base = base.T if isinstance(layer.base, Conv1D) else base
     if not isinstance(layer, DeltaLayer):

@@ -132,7 +132,7 @@ def test_no_document_has_the_form_of_a_pocket_task(documents):
 
 def test_the_stream_is_the_one_that_the_shipped_weights_were_trained_on():
     digest = hashlib.sha256("\n\n".join(islice(corpus.documents(0), 5000)).encode()).hexdigest()
-    assert digest == "6c42cb651f1928738a824b1b62ebeb58a7c4847787c7e6240f4d874d82b45603", (
+    assert digest == "1e3cd574c61ae951566ec57dcd3e87d18ccf3cd6b87554b4bf656c392caf8c0f", (
         "the corpus changed: pretrain again, and record tokenizer, weights and this digest"
     )
 

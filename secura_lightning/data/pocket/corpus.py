@@ -27,7 +27,8 @@ MIXTURE: dict[str, float] = {
     "arithmetic": 16.0,
     "sequence": 5.0,
     "story": 11.0,
-    "skill": 24.0,
+    "skill": 28.0,
+    "repetition": 14.0,
 }
 HELD_OUT_EVERY = 50
 
@@ -81,6 +82,8 @@ def document(rng: random.Random, kind: str) -> str:
         return stories.story(rng) if rng.random() < 0.7 else stories.sentence(rng)
     if kind == "skill":
         return "\n\n".join(_framed(*skills.exercise(rng)) for _ in range(_several(rng)))
+    if kind == "repetition":
+        return skills.repetition(rng)
     if kind == "sequence" and rng.random() < 0.25:
         return _recital(rng)
     return _fact_document(rng, kind)

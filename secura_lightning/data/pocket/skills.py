@@ -60,6 +60,15 @@ def copy_phrase(rng: random.Random) -> Exercise:
     return f"{rng.choice(('Repeat', 'Copy', 'Say again'))}: {text}", text
 
 
+def repetition(rng: random.Random) -> str:
+    """Unrelated words, then the same words again: the only way to predict the second time is to copy.
+
+    Copying from the context is the skill that every task builds on, and a tiny model finds it late without this text.
+    """
+    text = " ".join(words(rng, 5, 14))
+    return rng.choice(("\n", " ; ", " , ")).join([text] * rng.choice((2, 2, 3)))
+
+
 def pick_word(rng: random.Random) -> Exercise:
     """The first, last or n-th word of a list."""
     items = words(rng, 3, 6)
