@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_lightning import rng
 from secura_lightning._version import __version__
-from secura_lightning.adapters import AdapterConfig, AdapterSet, Fusion, LoRAConfig, describe_adapter, inject
+from secura_lightning.adapters import AdapterConfig, AdapterSet, Fusion, SECURAConfig, describe_adapter, inject
 from secura_lightning.callbacks.tasks import TaskEnd, TaskStart
 from secura_lightning.data.sequence import SequenceDataModule
 from secura_lightning.errors import SecuraError
@@ -86,7 +87,7 @@ class ContinualModule(LightningModule):
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-        self.adapter = adapter or LoRAConfig()
+        self.adapter = adapter or SECURAConfig()
         self.optimizer = optimizer
         self.schedule = schedule
         self.reset_optimizer = reset_optimizer
@@ -119,7 +120,7 @@ class ContinualModule(LightningModule):
         """The callbacks that turn batch positions into task hooks."""
         return [TaskStart(), TaskEnd()]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the trained tensors alone, with a schedule that restarts at every task."""
         optimizer = self.optimizer(self.adapters.trainable_parameters())
         scheduler = LambdaLR(optimizer, self._multiplier)

@@ -12,11 +12,17 @@ import torch.distributed as dist
 
 def capture() -> dict[str, Any]:
     """The state of python's, numpy's and torch's generators on every rank (a collective call when distributed)."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     mine = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (name, torch.tensor(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "numpy": (
+            name,
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     if not (dist.is_available() and dist.is_initialized()):

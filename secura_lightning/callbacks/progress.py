@@ -22,4 +22,4 @@ class SequenceProgressBar(TQDMProgressBar):
         """Everything logged for the bar, without the run's version number."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return metrics  # type: ignore[return-value]
+        return metrics

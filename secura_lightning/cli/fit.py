@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -122,6 +123,7 @@ def main(args: list[str]) -> int:
         SecuraError: The data, base model or checkpoint is wrong.
     """
     quiet()
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the adapters' settings in --help
     try:
         _fit(args)
     except MisconfigurationException as error:  # Lightning's own word on the trainer's keys

@@ -23,7 +23,8 @@ def main(args: list[str]) -> int:
     if options.out.exists() and any(options.out.iterdir()):
         raise SecuraError(f"--out: folder {options.out} is not empty")
     spec, model, adapters = rebuild(options.ckpt)
-    adapters.merge_()
+    if adapters.merge_():
+        model.config.tie_word_embeddings = False  # only one of the pair changed; transformers would tie them again
     model.config.use_cache = True
     model.save_pretrained(options.out)
     load_tokenizer(spec).save_pretrained(options.out)

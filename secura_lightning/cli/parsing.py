@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -23,7 +23,7 @@ _CLASS_KEYS = ("adapter", "optimizer", "tasks", "probe", "callbacks", "logger", 
 class OneLineParser(LightningArgumentParser):
     """LightningCLI's parser, raising :class:`ConfigError` instead of printing its usage and exiting."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the telling line of ``message``, with the nearest valid key."""
         raise ConfigError(shorten(message, known_keys(self))) from ex
 
@@ -47,7 +47,9 @@ def shorten(message: str, keys: Iterable[str]) -> str:
     where = found.group(1) if found else ""
     prefix = f"{where}: " if where else ""
 
-    unknown = re.search(r"[Uu]nrecognized arguments?: (?:--)?([\w.]+)|[Kk]ey '?\"?([\w.]+)'?\"? is not expected", message)
+    unknown = re.search(
+        r"[Uu]nrecognized arguments?: (?:--)?([\w.]+)|[Kk]ey '?\"?([\w.]+)'?\"? is not expected", message
+    )
     if unknown:
         bad = next(group for group in unknown.groups() if group)
         return f"{prefix}no key '{bad}'{_suggest(nearest(bad, keys))}"
@@ -99,7 +101,7 @@ def _suggest(near: str | None) -> str:
     return f"; did you mean '{near}'?" if near else "; `--help` lists the keys"
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _subclasses(cls: Any) -> Iterator[type]:
     for child in cls.__subclasses__():
         yield child
         yield from _subclasses(child)

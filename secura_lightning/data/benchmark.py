@@ -91,7 +91,7 @@ class BenchmarkTask(Task):
         ):
             if value is not None and value < least:
                 raise ConfigError(f"task '{name}': init_args.{key} is {value}; it must be at least {least}")
-        self.template: Template = prompt_template(template, self.fields)
+        self.template: Template = prompt_template(template, name, self.fields)
         self.path = path
         self.dataset = _choose_hub(self.hub, hub_id, hub_config, revision, splits)
         self.files = dict(splits or {})

@@ -65,7 +65,7 @@ class SequenceDataModule(LightningDataModule):
         if self.encoded:
             return
         assert self.trainer is not None
-        tokenizer = self.trainer.lightning_module.tokenizer
+        tokenizer: Any = self.trainer.lightning_module.tokenizer
         self._pad = pad_id(tokenizer)
         self.encoded = [self._encode(tokenizer, task) for task in self.tasks]
         accumulate = self.trainer.accumulate_grad_batches

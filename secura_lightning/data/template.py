@@ -58,15 +58,20 @@ class Template:
         return "".join(filled)
 
 
-def prompt_template(text: str, known: Sequence[str] | None = None) -> Template:
+def prompt_template(text: str, task: str, known: Sequence[str] | None = None) -> Template:
     """The template of a prompt, which must not end in white space (that is the separator's part).
+
+    Args:
+        text: The template.
+        task: The task's name, for messages.
+        known: The fields that exist; None where these are the columns of a file.
 
     Raises:
         ConfigError: It does, or :class:`Template` refuses it.
     """
     if text != text.rstrip():
         raise ConfigError(
-            f"init_args.template ends in white space: {text!r}; put what separates prompt and answer into "
-            "init_args.separator"
+            f"task '{task}': init_args.template ends in white space: {text!r}; put what separates prompt and answer "
+            "into init_args.separator"
         )
-    return Template(text, "init_args.template", known)
+    return Template(text, f"task '{task}': init_args.template", known)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from secura_lightning.data.benchmark import BenchmarkTask
 from secura_lightning.data.read import Record, lookup, parse_json, read_text, text_of
 from secura_lightning.data.rows import Row
+from secura_lightning.data.source import Records
 from secura_lightning.data.task import Split
 from secura_lightning.errors import SecuraError
 
@@ -56,19 +56,12 @@ class StandardCL(BenchmarkTask):
         super().__init__(path=path, name=name or dataset, metric="accuracy", template=template, **kwargs)
         self.subfolder = dataset
         self.question = question or _QUESTIONS.get(dataset.lower(), "Which label fits this text?")
+        self.labels: tuple[str, ...] = ()
 
-    @cached_property
-    def labels(self) -> tuple[str, ...]:
-        """All labels of the dataset.
-
-        Raises:
-            SecuraError: ``labels.json`` is missing or is no list of texts.
-        """
-        path = Path(self.source.where("train")).with_name("labels.json")
-        labels = parse_json(read_text(path), str(path))
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise SecuraError(f"{path}: must hold a list of labels")
-        return tuple(label.strip() for label in labels)
+    def read_file(self, path: Path) -> Records:
+        """The rows of one file, after the labels beside it."""
+        self.labels = read_labels(path.with_name("labels.json"))
+        return super().read_file(path)
 
     def to_row(self, id: str, record: Record, split: Split) -> Row:
         """The text with the labels as choices."""
@@ -79,3 +72,15 @@ class StandardCL(BenchmarkTask):
         }
         label = text_of(lookup(record, "label"), "label").strip()
         return Row(id, self.template.render(values), label, self.labels)
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """All labels of a dataset.
+
+    Raises:
+        SecuraError: The file is missing, broken, or no list of texts.
+    """
+    labels = parse_json(read_text(path), str(path))
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise SecuraError(f"{path}: must hold a list of labels")
+    return tuple(label.strip() for label in labels)

@@ -55,11 +55,11 @@ class TableTask(BenchmarkTask):
         if self.path is None and self.dataset is None:
             raise ConfigError(f"task '{name}': give init_args.path (a folder or file) or init_args.hub_id")
         self.answer = answer
-        self.answer_template = Template(answer, "init_args.answer") if "{" in answer else None
+        self.answer_template = Template(answer, f"task '{name}': init_args.answer") if "{" in answer else None
         self.answer_is = answer_is
         self.choices_column = choices if isinstance(choices, str) else None
         labels = choices if isinstance(choices, list) else []
-        self.choice_templates = [Template(label, "init_args.choices") for label in labels]
+        self.choice_templates = [Template(label, f"task '{name}': init_args.choices") for label in labels]
 
     def to_row(self, id: str, record: Record, split: Split) -> Row:
         """The row that the settings make of a record."""

@@ -1,0 +1,125 @@
+"""Bad data and bad settings of the real tasks: one line that names the task, the place and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from secura_lightning.data.benchmark import BenchmarkTask
+from secura_lightning.data.tasks.cnn_dailymail import CNNDailyMail
+from secura_lightning.data.tasks.gsm8k import GSM8K
+from secura_lightning.data.tasks.logiqa import LogiQA
+from secura_lightning.data.tasks.news_de import NewsDE
+from secura_lightning.data.tasks.standard_cl import StandardCL
+from secura_lightning.data.tasks.table import TableTask
+from secura_lightning.data.tasks.trace import Trace
+from secura_lightning.errors import ConfigError, SecuraError
+from tests.data.layouts import LOGIQA, TEXTS, put
+
+
+def one(folder: Path, task: Callable[[str], BenchmarkTask], *records: dict[str, Any]) -> BenchmarkTask:
+    put(folder / "train.jsonl", list(records))
+    put(folder / "test.jsonl", list(records))
+    return task(str(folder))
+
+
+GOOD = {"question": "1+1?", "answer": "2\n#### 2"}
+LABELS: dict[str, Any] = {"choices": ["yes", "no"], "n_validation": 0}
+
+
+@pytest.mark.parametrize(
+    ("make", "records", "message"),
+    [
+        (lambda p: GSM8K(path=p), [GOOD, {"question": "x", "answer": ""}], r"row 2: the answer is empty; fill it"),
+        (lambda p: GSM8K(path=p), [GOOD, {"question": "x", "answer": "2"}], r"row 2: the answer does not end in '####"),
+        (lambda p: GSM8K(path=p), [GOOD, {"question": "x", "answer": None}], r"row 2: column 'answer' is null"),
+        (lambda p: GSM8K(path=p), [{"qestion": "x", "answer": "#### 1"}], r"no column 'question'; .*'qestion'\?"),
+        (lambda p: CNNDailyMail(path=p), [{"article": " ", "highlights": "x"}], r"row 1: the prompt is empty"),
+        (lambda p: NewsDE(path=p), [{"EN": "x", "de": "y"}], r"row 1: no column 'en'; did you mean 'EN'\?"),
+        (lambda p: LogiQA(path=p), [{"context": "c", "query": "q", "options": ["a", "b"], "label": 2}],
+         r"row 1: the answer 2 is not among the choices: a letter A-B, or an index 0-1"),
+        (lambda p: LogiQA(path=p), [{"context": "c", "query": "q", "options": "ab", "label": 2}], r"must be a list"),
+        (lambda p: TableTask("t", "{q}", path=p, **LABELS),
+         [{"q": "x", "answer": "yes"}, {"q": "y", "answer": "maybe"}],
+         r"train\.jsonl, row 2: the answer 'maybe' is not among the choices \['yes', 'no'\]"),
+        (lambda p: TableTask("t", "{q}", path=p, answer_is="index", **LABELS), [{"q": "x", "answer": 2}],
+         r"the answer '2' is no index of one of 2 choices"),
+        (lambda p: TableTask("t", "{q}", choices="opts", path=p), [{"q": "x", "answer": "a", "opts": "a|b"}],
+         r"column 'opts' must hold a list of choices"),
+        (lambda p: TableTask("t", "{q}", choices="opts", path=p), [{"q": "x", "answer": "a", "opts": ["a", "a"]}],
+         r"choices must be two or more, all different"),
+        (lambda p: Trace(p, "FOMC"), [{"prompt": "x", "answer": "D"}], r"row 1: the answer 'D' is not among the choices"),
+        (lambda p: StandardCL(p, "agnews"), TEXTS, r"agnews': no file or folder [^,]*/labels\.json"),
+    ],
+)  # fmt: skip
+def test_bad_row_is_named_by_task_file_and_number(
+    tmp_path: Path, make: Callable[[str], BenchmarkTask], records: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(SecuraError, match=f"^data.tasks: task '.*{message}"):
+        one(tmp_path, make, *records).rows("train")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (LOGIQA.replace("C. Tom reads.\n", ""), 1),
+        (LOGIQA.replace("D\nSome", "e\nSome"), 9),
+        (LOGIQA.replace("D.No bird swims.", ""), 9),
+        (LOGIQA.lstrip(), 1),
+    ],
+)
+def test_broken_logiqa_block_is_named_by_line(tmp_path: Path, text: str, line: int) -> None:
+    put(tmp_path / "Train.txt", text)
+    with pytest.raises(SecuraError, match=rf"Train\.txt, line {line}: no LogiQA question starts here"):
+        LogiQA(path=str(tmp_path)).rows("train")
+
+
+def test_missing_and_ambiguous_files_are_named(tmp_path: Path) -> None:
+    put(tmp_path / "trace" / "FOMC" / "train.json", [])
+    for make, message in (
+        (lambda: GSM8K(path=str(tmp_path / "gsm8k")), r"no file or folder .*gsm8k; the folder holds trace"),
+        (lambda: Trace(str(tmp_path / "trace"), "C-STANCE"), r"no file or folder .*C-STANCE; the folder holds FOMC"),
+        (lambda: GSM8K(path=str(tmp_path / "trace")), r"trace holds no train file \(train with \.jsonl.*\), but FOMC"),
+        (lambda: Trace(str(tmp_path / "trace"), "FOMC"), r"train\.json holds no rows"),
+    ):
+        with pytest.raises(SecuraError, match=message):
+            make().rows("train")
+    put(tmp_path / "two" / "train.jsonl", [GOOD])
+    put(tmp_path / "two" / "train.json", [GOOD])
+    with pytest.raises(
+        SecuraError, match=r"holds train\.json and train\.jsonl; name the one .*splits: \{train: FILE\}"
+    ):
+        GSM8K(path=str(tmp_path / "two")).rows("train")
+    named = GSM8K(path=str(tmp_path / "two"), splits={"train": "train.json"}, n_validation=0)
+    assert len(named.rows("train")) == 1
+    with pytest.raises(SecuraError, match=r"two holds no test file"):
+        named.rows("test")
+
+
+def test_shards_of_a_split_are_read_one_after_another(tmp_path: Path) -> None:
+    put(tmp_path / "train-00001-of-00002.jsonl", SUMS[20:])
+    put(tmp_path / "train-00000-of-00002.jsonl", SUMS[:20])
+    put(tmp_path / "test-00000-of-00001.jsonl", SUMS[:1])
+    rows = GSM8K(path=str(tmp_path), n_validation=0).rows("train")
+    assert [row.prompt.split()[3] for row in rows] == [str(n) for n in range(1, 31)]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GSM8K(template="{qestion}? "), r"task 'gsm8k': init_args\.template ends in white space"),
+        (lambda: LogiQA(template="{passage}"), r"init_args\.template: no field 'passage'; the fields are context"),
+        (lambda: GSM8K(path="x", hub_id="y"), r"init_args\.path and init_args\.hub_id .* keep one"),
+        (lambda: GSM8K(n_train=0), r"init_args\.n_train is 0; it must be at least 1"),
+        (lambda: CNNDailyMail(max_words=0), r"init_args\.max_words is 0"),
+        (lambda: TableTask("t", "{q}", path="x"), r"init_args\.metric is missing"),
+        (lambda: TableTask("t", "{q}", path="x", metric="exact", answer_is="index"), r"needs init_args\.choices"),
+        (lambda: TableTask("t", "{q}", metric="exact"), r"give init_args\.path .* or init_args\.hub_id"),
+    ],
+)
+def test_bad_settings_are_refused_before_data_is_read(make: Callable[[], BenchmarkTask], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
