@@ -20,7 +20,8 @@ from secura_lightning._version import __version__
 from secura_lightning.adapters import AdapterConfig, AdapterSet, Fusion, SECURAConfig, describe_adapter, inject
 from secura_lightning.callbacks.tasks import TaskEnd, TaskStart
 from secura_lightning.data.sequence import SequenceDataModule
-from secura_lightning.errors import SecuraError
+from secura_lightning.errors import ConfigError, SecuraError
+from secura_lightning.modeling.calibrate import Calibration, SelfCalibration, calibrate
 from secura_lightning.modeling.load import (
     BaseSpec,
     ComputeType,
@@ -53,6 +54,11 @@ class ContinualModule(LightningModule):
         attn_implementation: Attention kernel (``sdpa``, ``eager``, ``flash_attention_2``).
         trust_remote_code: Run code from the model's repository.
         seed: Seed of the adapters' initial values.
+        calibration: Text that stands for what the model must keep, for adapters that start from it (LoRA-Null); null:
+            samples of the base model itself.
+
+    Raises:
+        ConfigError: The adapter uses no calibration.
     """
 
     model: PreTrainedModel
@@ -74,6 +80,7 @@ class ContinualModule(LightningModule):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__()
         self.spec = BaseSpec(
@@ -88,6 +95,9 @@ class ContinualModule(LightningModule):
             trust_remote_code=trust_remote_code,
         )
         self.adapter = adapter or SECURAConfig()
+        if calibration is not None and not self.adapter.needs_calibration:
+            raise ConfigError(f"model.calibration: {type(self.adapter).__name__} starts without calibration: remove it")
+        self.calibration = calibration or SelfCalibration()
         self.optimizer = optimizer
         self.schedule = schedule
         self.reset_optimizer = reset_optimizer
@@ -150,6 +160,10 @@ class ContinualModule(LightningModule):
         """Summed cross-entropy of a batch's trained tokens, a scalar."""
         output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return summed_cross_entropy(output.logits, batch["labels"])
+
+    def on_fit_start(self) -> None:
+        """Calibrate what starts from calibration text, unless a checkpoint brought the start (it is loaded by now)."""
+        calibrate(self.adapters, self.tokenizer, self.calibration, self.base_fingerprint, self.seed)
 
     def on_train_start(self) -> None:
         """Put back the random state of the checkpoint, after everything that start-up drew."""

@@ -39,6 +39,8 @@ class AdapterConfig(ABC):
     targets: str | list[str]
     exclude: str | None
     keywords: ClassVar[tuple[str, ...]] = (ALL_LINEAR,)
+    needs_calibration: ClassVar[bool] = False
+    """Whether layers take their start from the second moments of their inputs (:meth:`AdapterLayer.calibrate`)."""
 
     @abstractmethod
     def build(self, name: str, base: nn.Module, generator: torch.Generator) -> AdapterLayer:
@@ -107,9 +109,11 @@ class AdapterLayer(nn.Module, ABC):
     Attributes:
         base: The frozen module.
         enabled: While false, the layer is the base module.
+        calibrated: False while the layer still waits for :meth:`calibrate`.
     """
 
     enabled: bool
+    calibrated: bool = True
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -175,6 +179,13 @@ class AdapterLayer(nn.Module, ABC):
         with torch.no_grad():
             base = dense_weight(self.base).to(self.work_dtype)
             return {"relative_change": self.delta_weight().norm() / base.norm().clamp_min(torch.finfo(base.dtype).tiny)}
+
+    def calibrate(self, gram: Tensor) -> None:
+        """Take the start from calibration text, before any training. Nothing by default.
+
+        Args:
+            gram: [in, in] sum of x x^T over the layer's inputs x, in fp64 on the layer's device.
+        """
 
     def share_clones(self, clones: dict[int, nn.Parameter]) -> None:
         """Take the trained clone of a weight that an earlier layer already cloned. Nothing by default.

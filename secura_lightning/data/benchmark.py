@@ -245,6 +245,11 @@ def lettered(options: Sequence[str]) -> str:
     return "\n".join(f"{letter}. {option}" for letter, option in zip(letters(len(options)), options, strict=True))
 
 
+def number(text: str) -> int:
+    """A short decimal number, such as the index of a choice; -1 for any other text."""
+    return int(text) if text.isdecimal() and len(text) < 4 else -1
+
+
 def letters(n: int) -> tuple[str, ...]:
     """The first ``n`` capital letters.
 

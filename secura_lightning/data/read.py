@@ -114,7 +114,7 @@ def lookup(record: Record, column: str) -> Any:
     for part in column.split("."):
         if isinstance(value, Mapping) and part in value:
             value = value[part]
-        elif isinstance(value, Sequence) and part.isdecimal() and int(part) < len(value):
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
             raise SecuraError(f"no column '{column}'{suggest(column, map(str, record), 'the columns are')}")
@@ -133,7 +133,7 @@ def text_of(value: Any, column: str) -> str:
         return str(value)
     if value is None:
         raise SecuraError(f"column '{column}' is null; fill it, or take the row out of the file")
-    hint = f"name one of its entries, such as '{column}.0'" if isinstance(value, Sequence) else "name one of its fields"
+    hint = f"name one of its entries, such as '{column}.0'" if isinstance(value, list) else "name one of its fields"
     raise SecuraError(f"column '{column}' holds a {type(value).__name__}, not text; {hint}")
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from secura_lightning.data.benchmark import BenchmarkTask
+from secura_lightning.data.benchmark import BenchmarkTask, check
+from secura_lightning.data.rows import Row
 from secura_lightning.data.tasks.cnn_dailymail import CNNDailyMail
 from secura_lightning.data.tasks.gsm8k import GSM8K
-from secura_lightning.data.tasks.logiqa import LogiQA
+from secura_lightning.data.tasks.logiqa import LogiQA, read_blocks
 from secura_lightning.data.tasks.news_de import NewsDE
 from secura_lightning.data.tasks.standard_cl import StandardCL
 from secura_lightning.data.tasks.table import TableTask
@@ -51,7 +54,7 @@ LABELS: dict[str, Any] = {"choices": ["yes", "no"], "n_validation": 0}
          r"column 'opts' must hold a list of choices"),
         (lambda p: TableTask("t", "{q}", choices="opts", path=p), [{"q": "x", "answer": "a", "opts": ["a", "a"]}],
          r"choices must be two or more, all different"),
-        (lambda p: Trace(p, "FOMC"), [{"prompt": "x", "answer": "D"}], r"row 1: the answer 'D' is not among the choices"),
+        (lambda p: Trace(p, "FOMC"), [{"prompt": "x", "answer": "D"}], r"row 1: the answer 'D' is not among"),
         (lambda p: StandardCL(p, "agnews"), TEXTS, r"agnews': no file or folder [^,]*/labels\.json"),
     ],
 )  # fmt: skip
@@ -99,14 +102,6 @@ def test_missing_and_ambiguous_files_are_named(tmp_path: Path) -> None:
         named.rows("test")
 
 
-def test_shards_of_a_split_are_read_one_after_another(tmp_path: Path) -> None:
-    put(tmp_path / "train-00001-of-00002.jsonl", SUMS[20:])
-    put(tmp_path / "train-00000-of-00002.jsonl", SUMS[:20])
-    put(tmp_path / "test-00000-of-00001.jsonl", SUMS[:1])
-    rows = GSM8K(path=str(tmp_path), n_validation=0).rows("train")
-    assert [row.prompt.split()[3] for row in rows] == [str(n) for n in range(1, 31)]
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -123,3 +118,47 @@ def test_shards_of_a_split_are_read_one_after_another(tmp_path: Path) -> None:
 def test_bad_settings_are_refused_before_data_is_read(make: Callable[[], BenchmarkTask], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+TASKS: list[BenchmarkTask] = [
+    GSM8K(), GSM8K(answer_only=True), CNNDailyMail(max_words=3), NewsDE(), LogiQA(), LogiQA(answers="text"),
+    Trace("x", "FOMC"), Trace("x", "ScienceQA"), StandardCL("x", "agnews"),
+    TableTask("t", "{question}{lettered_choices}", path="x", choices="options", answer_is="letter"),
+    TableTask("t", "{question}", path="x", choices=["{context}", "no"], answer_is="index"),
+    TableTask("t", "{options.0}", "{context}/{answer}", path="x", metric="exact"),
+]  # fmt: skip
+COLUMNS = ("question", "answer", "article", "highlights", "en", "de", "translation", "context", "options")
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+SCALAR = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), TEXT, st.sampled_from(["A", "b", "2", "9" * 5000, "x #### 1"])
+)
+VALUE = st.one_of(SCALAR, st.lists(SCALAR, max_size=3), st.dictionaries(st.sampled_from(["en", "de", "0"]), SCALAR))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.sampled_from(TASKS), st.dictionaries(st.sampled_from([*COLUMNS, "prompt", "sentence", "label"]), VALUE))
+def test_any_record_is_a_row_or_a_clear_error(task: BenchmarkTask, record: dict[str, Any]) -> None:
+    try:
+        row = task.to_row("train/1", record, "train")
+        check(row)
+    except SecuraError:
+        return
+    assert isinstance(row, Row)
+    assert row.prompt
+    assert row.answer
+    assert not row.choices or row.answer in row.choices
+
+
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.one_of(st.binary(max_size=80), st.lists(st.sampled_from(["", "a", "A.x", "text"])).map("\n".join)))
+def test_any_bytes_are_logiqa_records_or_a_clear_error(tmp_path: Path, content: bytes | str) -> None:
+    path = tmp_path / "Train.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        records = read_blocks(path)
+    except SecuraError:
+        return
+    assert records
+    assert all(len(record["options"]) == 4 for record in records)

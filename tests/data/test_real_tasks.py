@@ -176,6 +176,14 @@ def test_no_prompt_stands_on_both_sides_of_a_held_out_split(tmp_path: Path) -> N
         GSM8K(path=str(tmp_path / "all.jsonl"), n_validation=4, n_test=11).rows("train")
 
 
+def test_shards_of_a_split_are_read_one_after_another(tmp_path: Path) -> None:
+    put(tmp_path / "train-00001-of-00002.jsonl", SUMS[20:])
+    put(tmp_path / "train-00000-of-00002.jsonl", SUMS[:20])
+    put(tmp_path / "test-00000-of-00001.jsonl", SUMS[:1])
+    rows = GSM8K(path=str(tmp_path), n_validation=0).rows("train")
+    assert [row.prompt.split()[3] for row in rows] == [str(n) for n in range(1, 31)]
+
+
 def test_limits_draw_a_seeded_subset_in_order(tmp_path: Path) -> None:
     def ids(**changes: Any) -> list[int]:
         return [int(row.id.removeprefix("train/")) for row in gsm8k(tmp_path, n_validation=0, **changes).rows("train")]

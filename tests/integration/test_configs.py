@@ -15,10 +15,10 @@ POCKET = [path for path in CONFIGS if yaml.safe_load(path.read_text())["model"].
 
 def test_every_config_says_what_it_is_and_how_to_run_it() -> None:
     for path in CONFIGS:
-        head = path.read_text().splitlines()[:2]
+        head = path.read_text().splitlines()[:3]
         assert head[0].startswith("# What:"), path.name
         assert head[1].startswith("# Run:"), path.name
-        assert f"configs/{path.name}" in head[1], path.name
+        assert f"configs/{path.name}" in "".join(head[1:]), path.name
 
 
 @pytest.mark.parametrize("path", POCKET, ids=lambda path: path.stem)

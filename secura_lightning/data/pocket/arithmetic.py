@@ -13,9 +13,9 @@ from secura_lightning.data.pocket import stories
 from secura_lightning.data.pocket.tables import words
 from secura_lightning.data.pocket.worlds import Sample
 
-MAX_NUMBER = 20  # of sums and differences
-MAX_FACTOR = 6  # of products
-TWO_STEPS = 0.4  # how many problems take two steps
+MAX_NUMBER = 10  # of sums and differences
+MAX_FACTOR = 5  # of products
+TWO_STEPS = 0.1  # how many problems take two steps
 
 ITEMS = words("apples coins books pens cards stamps eggs cups balls keys letters cakes flowers stones hats boxes")
 GAINS = words("buys finds gets wins")

@@ -12,7 +12,7 @@ from secura_lightning.data.pocket import german, stories
 from secura_lightning.data.pocket.tables import words
 from secura_lightning.data.pocket.worlds import Sample
 
-MIN_SIDE, MAX_SIDE = 2, 4  # sentences beside the news itself
+MIN_SIDE, MAX_SIDE = 2, 3  # sentences beside the news itself
 
 SURNAMES = words(
     "Brown Green White Black Stone King Cook Baker Hill Wood Young Bell Fox Wolf Miller Cooper Carter Turner Fisher"

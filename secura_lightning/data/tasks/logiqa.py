@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from secura_lightning.data.benchmark import BenchmarkTask, lettered, letters
+from secura_lightning.data.benchmark import BenchmarkTask, lettered, letters, number
 from secura_lightning.data.read import Record, lookup, read_text, text_of
 from secura_lightning.data.rows import Row
 from secura_lightning.data.source import Hub, Records
@@ -106,7 +106,7 @@ def _first(record: Record, names: tuple[str, ...]) -> Any:
 def _place(answer: Any, names: tuple[str, ...]) -> int:
     """The index of the right option."""
     text = str(answer).strip().upper()
-    place = names.index(text) if text in names else int(text) if text.isdecimal() else -1
+    place = names.index(text) if text in names else number(text)
     if not 0 <= place < len(names):
         raise SecuraError(f"the answer {answer!r} is not among the choices: a letter {names[0]}-{names[-1]}, or an "
                           f"index 0-{len(names) - 1}")  # fmt: skip

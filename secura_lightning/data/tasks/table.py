@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from secura_lightning.data.benchmark import BenchmarkTask, lettered
+from secura_lightning.data.benchmark import BenchmarkTask, lettered, number
 from secura_lightning.data.read import Record, lookup, text_of
 from secura_lightning.data.rows import Row
 from secura_lightning.data.task import Split
@@ -85,13 +85,12 @@ class TableTask(BenchmarkTask):
 
     def _place(self, answer: str, n: int) -> int:
         """Which of ``n`` choices the answer column names."""
-        place = -1
         if self.answer_is == "index":
-            place = {"false": 0, "true": 1}.get(answer.lower(), int(answer) if answer.isdecimal() else -1)
-        elif answer.isdecimal():
-            place = int(answer) - 1
-        elif len(answer) == 1:
-            place = ord(answer.upper()) - ord("A")
+            place = {"false": 0, "true": 1}.get(answer.lower(), number(answer))
+        elif len(answer) == 1 and answer.isalpha():
+            place = ord(answer.upper()[0]) - ord("A")
+        else:
+            place = number(answer) - 1
         if not 0 <= place < n:
             raise SecuraError(f"the answer {answer!r} is no {self.answer_is} of one of {n} choices")
         return place
