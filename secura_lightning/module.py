@@ -212,6 +212,7 @@ class ContinualModule(LightningModule):
             "base": self.spec.identity(),
             "base_fingerprint": self.base_fingerprint,
             "adapter": describe_adapter(self.adapter),
+            "calibration": self.calibration.settings() if self.adapter.needs_calibration else {},
             "seed": self.seed,
         }
 
@@ -244,11 +245,13 @@ def check_identity(then: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         SecuraError: They differ; the message names the first key that does.
     """
-    for part, yaml in (("base", "model"), ("adapter", "model.adapter")):
+    parts = {"base": "model", "adapter": "model.adapter", "calibration": "model.calibration"}
+    for part, yaml in parts.items():
+        before = then.get(part, {})
         for key, value in now[part].items():
-            if then[part].get(key) != value:
+            if before.get(key) != value:
                 raise SecuraError(
-                    f"--ckpt_path: the checkpoint has {yaml}.{key}={then[part].get(key)}, this configuration has "
+                    f"--ckpt_path: the checkpoint has {yaml}.{key}={before.get(key)}, this configuration has "
                     f"{value}; resume with the configuration that wrote it"
                 )
     if then["base_fingerprint"] != now["base_fingerprint"]:

@@ -83,8 +83,8 @@ class LoRALayer(DeltaLayer):
         """A uniform in +-1/sqrt(in) (``kaiming_uniform`` with a = sqrt 5), B zero."""
         bound = self.in_features**-0.5
         # Drawn on the CPU, so that a seed gives the same start on every device.
-        start = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype).uniform_(-bound, bound, generator=generator)
-        self.lora_A.copy_(start)
+        start = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype, device="cpu")
+        self.lora_A.copy_(start.uniform_(-bound, bound, generator=generator))
         self.lora_B.zero_()
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -76,9 +76,13 @@ class Calibration(ABC):
             SecuraError: There is no text.
         """
 
-    def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Plain values that decide, together with base and seed, what :meth:`sequences` gives."""
+    def settings(self) -> dict[str, Any]:
+        """Plain values that decide, together with base, seed and :meth:`digest`, what :meth:`sequences` gives."""
         return {"class": type(self).__name__, "samples": self.samples, "max_length": self.max_length}
+
+    def digest(self) -> str:
+        """A hash of the text that sequences are taken from; empty where the model says it."""
+        return ""
 
     def length(self, model: PreTrainedModel) -> int:
         """Most tokens of a sequence that the model has room for."""
@@ -123,9 +127,9 @@ class SelfCalibration(Calibration):
                 progress=bar.update,
             )
 
-    def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """The settings; the text follows from them, the base and the seed. Batches are drawn as they are formed."""
-        return {**super().identity(tokenizer), "temperature": self.temperature, "batch_size": self.batch_size}
+    def settings(self) -> dict[str, Any]:
+        """Plain values that decide the text; the batch size too, because sequences of a batch share the draws."""
+        return {**super().settings(), "temperature": self.temperature, "batch_size": self.batch_size}
 
 
 class TextCalibration(Calibration):
@@ -157,9 +161,9 @@ class TextCalibration(Calibration):
         windows = [ids[start : start + length] for ids in encoded for start in range(0, len(ids), length)]
         return _draw(windows, self.samples, seed)
 
-    def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """The settings and the text itself."""
-        return {**super().identity(tokenizer), "text": _digest(self._documents())}
+    def digest(self) -> str:
+        """A hash of the documents."""
+        return _digest(self._documents())
 
     def _documents(self) -> list[str]:
         try:
@@ -201,10 +205,13 @@ class TaskCalibration(Calibration):
             return [encode_text(tokenizer, row.answer)[:length] for row in rows]
         return [list(encode_row(tokenizer, row, length, self.task.separator).ids) for row in rows]
 
-    def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """The settings and the rows themselves."""
-        texts = [row.prompt + self.task.separator + row.answer for row in self.task.rows("train")]
-        return {**super().identity(tokenizer), "text": _digest(texts)}
+    def settings(self) -> dict[str, Any]:
+        """Plain values that decide the text."""
+        return {**super().settings(), "task": self.task.name}
+
+    def digest(self) -> str:
+        """A hash of the rows."""
+        return _digest([row.prompt + self.task.separator + row.answer for row in self.task.rows("train")])
 
 
 def calibrate(
@@ -244,7 +251,7 @@ def _take_starts(
     adapters: AdapterSet, tokenizer: PreTrainedTokenizerBase, calibration: Calibration, base: str, seed: int
 ) -> None:
     """From the cache, or by measuring."""
-    file = _cache_file(adapters, tokenizer, calibration, base, seed)
+    file = _cache_file(adapters, calibration, base, seed)
     if file is not None and _load(adapters, file):
         return
     model: Any = adapters.model
@@ -266,16 +273,15 @@ def _take_starts(
         _save(adapters, file)
 
 
-def _cache_file(
-    adapters: AdapterSet, tokenizer: PreTrainedTokenizerBase, calibration: Calibration, base: str, seed: int
-) -> Path | None:
+def _cache_file(adapters: AdapterSet, calibration: Calibration, base: str, seed: int) -> Path | None:
     if calibration.cache is None or not base:
         return None
     decides = {
         "format": _FORMAT,
         "base": base,
         "adapter": describe_adapter(adapters.config),
-        "calibration": calibration.identity(tokenizer),
+        "calibration": calibration.settings(),
+        "text": calibration.digest(),
         "seed": seed,
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 from secura_lightning.cli.checkpoints import rebuild
-from secura_lightning.errors import ConfigError
+from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.modeling import calibrate as module
-from secura_lightning.modeling.calibrate import SelfCalibration
-from secura_lightning.module import ContinualModule
+from secura_lightning.modeling.calibrate import Calibration, SelfCalibration
+from secura_lightning.module import ContinualModule, check_identity
 from tests.integration.conftest import Fit, fit_into
 
 CHANGES = {
@@ -47,6 +49,32 @@ def test_a_checkpoint_is_rebuilt_without_calibrating(finished: Fit, monkeypatch:
     for key, value in finished.checkpoint["state_dict"].items():
         assert torch.equal(value, adapters.state_dict()[key])
     assert model(torch.tensor([[1, 5, 9]])).logits.isfinite().all()
+
+
+def test_a_checkpoint_of_another_calibration_is_refused(finished: Fit) -> None:
+    then = finished.checkpoint["secura"]
+    check_identity(then, then)
+    for key in ("samples", "max_length", "temperature"):
+        with pytest.raises(SecuraError, match=rf"the checkpoint has model\.calibration\.{key}="):
+            check_identity(then, {**then, "calibration": {**then["calibration"], key: 99}})
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"class_path": "SelfCalibration", "init_args": {"temperature": 0.7}},
+        {"class_path": "TextCalibration", "init_args": {"path": "text.txt", "cache": None}},
+        {"class_path": "TaskCalibration", "init_args": {"task": {"class_path": "tests.tiny.TinyTask"}, "samples": 3}},
+    ],
+    ids=lambda entry: entry["class_path"],
+)
+def test_yaml_names_the_source_by_its_class_alone(entry: dict[str, Any]) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--calibration", type=Calibration | None)
+    made = parser.instantiate(parser.parse_object({"calibration": entry})).calibration
+    assert type(made).__name__ == entry["class_path"]
+    for key, value in entry["init_args"].items():
+        assert key == "task" or getattr(made, key) == value
 
 
 @pytest.mark.slow

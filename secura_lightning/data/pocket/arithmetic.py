@@ -1,8 +1,11 @@
-"""Word problems about small numbers, after GSM8K: the answer is the working, line by line, and ``#### result``.
+"""Word problems about small numbers, after GSM8K: the answer is the working, line by line, and then the result.
 
 Problem: Tom has 5 apples. He buys 7 more. How many apples does Tom have now?
 Solution: 5 + 7 = 12
-#### 12
+The answer is 12
+
+GSM8K's own marker ``####`` would not do: no pretraining text holds ``#``, so the tied output embedding of that token has
+drifted to where frozen embeddings cannot be reached by adapters inside the network.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ def draw(rng: random.Random) -> Sample:
     values = dict(zip("abc", map(str, (first, *numbers)), strict=False))
     problem = rng.choice(WORDINGS[signs]).format(**people, **loose, **values)
     result = lines[-1].rsplit(" ", 1)[1]
-    answer = "\n".join([*lines, f"#### {result}"])
+    answer = "\n".join([*lines, f"The answer is {result}"])
     key = f"{first}" + "".join(f"{sign}{number}" for sign, number in zip(signs, numbers, strict=True))
     return Sample(f"arithmetic/{key}", f"Problem: {problem}\nSolution:", answer)
 
