@@ -54,7 +54,7 @@ TWO_STEP = [signs for signs in WORDINGS if len(signs) == 2]
 
 
 def draw(rng: random.Random) -> Sample:
-    """One problem; its key is the numbers and the operators."""
+    """One problem; its key is the numbers, the operators and the thing that is counted."""
     signs = rng.choice(TWO_STEP if rng.random() < TWO_STEPS else ONE_STEP)
     first, numbers, lines = _working(rng, signs)
     name, pronoun = stories.person(rng)
@@ -65,7 +65,8 @@ def draw(rng: random.Random) -> Sample:
     problem = rng.choice(WORDINGS[signs]).format(**people, **loose, **values)
     result = lines[-1].rsplit(" ", 1)[1]
     answer = "\n".join([*lines, f"The answer is {result}"])
-    key = f"{first}" + "".join(f"{sign}{number}" for sign, number in zip(signs, numbers, strict=True))
+    sums = f"{first}" + "".join(f"{sign}{number}" for sign, number in zip(signs, numbers, strict=True))
+    key = f"{sums} {loose['t']}"
     return Sample(f"arithmetic/{key}", f"Problem: {problem}\nSolution:", answer)
 
 

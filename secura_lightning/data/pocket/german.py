@@ -13,14 +13,18 @@ from dataclasses import dataclass
 
 from secura_lightning.data.pocket.worlds import Sample
 
-# What is drawn of the tables below: enough for thousands of sentences, and little enough that a few minutes on a CPU
-# teach it. The tokenizer covers the whole tables.
+# What is drawn of the tables below: words spelled in tokens that pretraining text holds. The embeddings of tokens that it
+# never holds (umlauts, for one) have drifted together, so that an adapter inside the network can hardly tell them apart.
+# That leaves some 36 000 sentences.
 ADJECTIVE_RATE = 0.0  # how often an object takes an adjective
 PLACE_RATE = 0.5  # how often the sentence names a town
 FORMS = ("past", "perfect")  # of past, perfect, wants, passive
-EVERY_NTH_NOUN = 2
-N_VERBS = 10
-N_TIMES = 7
+DRAWN_VERBS = frozenset(("built", "saw", "visited", "found", "planned", "praised"))
+DRAWN_TIMES = frozenset(("in May", "in July", "last week"))
+LEFT_OUT_TOWNS = frozenset(("Munich", "Cologne"))
+LEFT_OUT_NOUNS = frozenset(
+    "mayor doctor king president judge army city school court bridge house road hospital castle library ship report".split()
+)
 
 ACTORS = """
 minister m Minister|mayor m Bürgermeister|teacher m Lehrer|doctor m Arzt|king m König|president m Präsident
@@ -137,14 +141,18 @@ def draw(rng: random.Random) -> Sample:
 
 def scene(rng: random.Random) -> Sentence:
     """The content of one sentence."""
-    verb = rng.choice(VERB_LIST[:N_VERBS])
+    verb = rng.choice([verb for verb in VERB_LIST if verb.english[0] in DRAWN_VERBS])
     return Sentence(
         rng.choice(FORMS),
-        rng.choice(ACTOR_NOUNS[::EVERY_NTH_NOUN]),
+        rng.choice([noun for noun in ACTOR_NOUNS if noun.english not in LEFT_OUT_NOUNS]),
         verb,
-        rng.choice([noun for name in verb.classes for noun in OBJECT_NOUNS[name][::EVERY_NTH_NOUN]]),
-        rng.choice(TIME_PHRASES[:N_TIMES]),
-        rng.choice(TOWN_NAMES) if rng.random() < PLACE_RATE else None,
+        rng.choice(
+            [noun for name in verb.classes for noun in OBJECT_NOUNS[name] if noun.english not in LEFT_OUT_NOUNS]
+        ),
+        rng.choice([phrase for phrase in TIME_PHRASES if phrase[0] in DRAWN_TIMES]),
+        rng.choice([town for town in TOWN_NAMES if town[0] not in LEFT_OUT_TOWNS])
+        if rng.random() < PLACE_RATE
+        else None,
         rng.choice(ADJECTIVE_WORDS) if rng.random() < ADJECTIVE_RATE else None,
     )
 

@@ -17,7 +17,7 @@ from secura_lightning.data.pocket.tables import words
 from secura_lightning.data.pocket.worlds import Sample
 
 # form -> how often it comes
-FORMS: dict[str, float] = {"ponens": 0.4, "tollens": 0.0, "elimination": 0.0, "rule": 0.6}
+FORMS: dict[str, float] = {"ponens": 0.8, "tollens": 0.0, "elimination": 0.0, "rule": 0.2}
 ACTIONS = words("sing read swim cook run sleep dance write laugh work play wait drive draw climb rest")
 ROLES = words("baker judge doctor teacher farmer singer painter driver sailor soldier writer student")
 STATES = words("tired proud happy sad hungry angry afraid cold thirsty lonely rich poor")
