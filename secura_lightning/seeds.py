@@ -6,6 +6,6 @@ import hashlib
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from any parts (the run's seed, a module's name, an epoch), the same in every process and version."""
+    """A 63-bit seed from any parts (a run's seed, a module's name, an epoch), the same in every process."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -11,16 +11,18 @@ import secura_lightning
 
 ROOT = Path(secura_lightning.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-# package -> what it must not import
+OWN = "secura_lightning"
+LAYERS = ("adapters", "modeling", "data", "metrics", "evaluation", "strategies", "callbacks", "module", "cli")
+# package -> the layers and libraries that it must not import
 FORBIDDEN = {
-    "adapters": ("transformers", "lightning", *(f"secura_lightning.{name}" for name in ("modeling", "module", "cli", "data", "callbacks", "strategies", "evaluation", "metrics"))),
-    "modeling": ("lightning", "secura_lightning.module", "secura_lightning.cli", "secura_lightning.callbacks", "secura_lightning.strategies"),
-    "metrics": ("torch", "lightning", "transformers", "secura_lightning.module", "secura_lightning.cli", "secura_lightning.data"),
-    "data": ("secura_lightning.module", "secura_lightning.cli", "secura_lightning.adapters", "secura_lightning.callbacks"),
-    "evaluation": ("secura_lightning.module", "secura_lightning.cli", "secura_lightning.callbacks", "secura_lightning.adapters"),
-    "strategies": ("secura_lightning.module", "secura_lightning.cli"),
-    "callbacks": ("secura_lightning.module", "secura_lightning.cli"),
-}  # fmt: skip
+    "adapters": ("transformers", "lightning", *(f"{OWN}.{name}" for name in LAYERS if name != "adapters")),
+    "modeling": ("lightning", *(f"{OWN}.{name}" for name in ("module", "cli", "callbacks", "strategies"))),
+    "metrics": ("torch", "lightning", "transformers", *(f"{OWN}.{name}" for name in ("module", "cli", "data"))),
+    "data": tuple(f"{OWN}.{name}" for name in ("module", "cli", "adapters", "callbacks")),
+    "evaluation": tuple(f"{OWN}.{name}" for name in ("module", "cli", "adapters", "callbacks")),
+    "strategies": (f"{OWN}.module", f"{OWN}.cli"),
+    "callbacks": (f"{OWN}.module", f"{OWN}.cli"),
+}
 
 
 def imported_at_start(path: Path) -> set[str]:

@@ -108,7 +108,7 @@ class SequenceBatches(Dataset[dict[str, Any]]):
         return len(self.plan)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The collated micro-batch with ``window_tokens`` (float), ``task`` (int) and ``rows`` (list of row indices)."""
+        """The collated micro-batch, with ``window_tokens`` (float), ``task`` (int) and ``rows`` (row indices)."""
         position = self.plan.locate(index)
         window = self.window(position.task, position.step)
         first = (position.micro * self.world_size + self.rank) * self.batch_size

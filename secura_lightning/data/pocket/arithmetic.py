@@ -4,8 +4,8 @@ Problem: Tom has 5 apples. He buys 7 more. How many apples does Tom have now?
 Solution: 5 + 7 = 12
 The answer is 12
 
-GSM8K's own marker ``####`` would not do: no pretraining text holds ``#``, so the tied output embedding of that token has
-drifted to where frozen embeddings cannot be reached by adapters inside the network.
+GSM8K's own marker ``####`` would not do: no pretraining text holds ``#``, so the tied output embedding of that token
+has drifted to where frozen embeddings cannot be reached by adapters inside the network.
 """
 
 from __future__ import annotations

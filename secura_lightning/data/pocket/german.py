@@ -11,11 +11,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from secura_lightning.data.pocket.tables import words
 from secura_lightning.data.pocket.worlds import Sample
 
-# What is drawn of the tables below: words spelled in tokens that pretraining text holds. The embeddings of tokens that it
-# never holds (umlauts, for one) have drifted together, so that an adapter inside the network can hardly tell them apart.
-# That leaves some 36 000 sentences.
+# What is drawn of the tables below: words spelled in tokens that pretraining text holds. The embeddings of tokens that
+# it never holds (umlauts, for one) have drifted together, so that an adapter inside the network can hardly tell them
+# apart. That leaves some 36 000 sentences.
 ADJECTIVE_RATE = 0.0  # how often an object takes an adjective
 PLACE_RATE = 0.5  # how often the sentence names a town
 FORMS = ("past", "perfect")  # of past, perfect, wants, passive
@@ -23,7 +24,9 @@ DRAWN_VERBS = frozenset(("built", "saw", "visited", "found", "planned", "praised
 DRAWN_TIMES = frozenset(("in May", "in July", "last week"))
 LEFT_OUT_TOWNS = frozenset(("Munich", "Cologne"))
 LEFT_OUT_NOUNS = frozenset(
-    "mayor doctor king president judge army city school court bridge house road hospital castle library ship report".split()
+    words(
+        "mayor doctor king president judge army city school court bridge house road hospital castle library ship report"
+    )
 )
 
 ACTORS = """
