@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from typing import Any
 
 
 def import_all(package: str) -> None:
@@ -11,3 +13,10 @@ def import_all(package: str) -> None:
     paths = importlib.import_module(package).__path__
     for module in pkgutil.iter_modules(paths):
         importlib.import_module(f"{package}.{module.name}")
+
+
+def subclasses(cls: Any) -> Iterator[type]:
+    """Every class below ``cls`` that has been imported, at any depth."""
+    for child in cls.__subclasses__():
+        yield child
+        yield from subclasses(child)

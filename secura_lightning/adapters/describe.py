@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from secura_lightning.adapters.base import AdapterConfig
+from secura_lightning.discover import subclasses
 from secura_lightning.errors import SecuraError
 
 
@@ -23,7 +23,7 @@ def rebuild_adapter(description: dict[str, Any]) -> AdapterConfig:
     """
     settings = dict(description)
     name = settings.pop("class")
-    known = {cls.__name__: cls for cls in _subclasses(AdapterConfig)}
+    known = {cls.__name__: cls for cls in subclasses(AdapterConfig)}
     if name not in known:
         raise SecuraError(
             f"the checkpoint's adapter {name} is unknown to this version; known are {', '.join(sorted(known))}"
@@ -32,10 +32,3 @@ def rebuild_adapter(description: dict[str, Any]) -> AdapterConfig:
         return known[name](**settings)
     except TypeError as error:
         raise SecuraError(f"the checkpoint's {name} has other settings than this version's: {error}") from error
-
-
-def _subclasses(cls: type) -> Iterator[type]:
-    children: list[type] = cls.__subclasses__()
-    for child in children:
-        yield child
-        yield from _subclasses(child)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from secura_lightning.adapters import AdapterConfig
 from secura_lightning.data.probe import Probe
 from secura_lightning.data.task import Task
+from secura_lightning.discover import subclasses
 from secura_lightning.errors import ConfigError
 from secura_lightning.strategies.base import Strategy
 
@@ -101,15 +102,9 @@ def _suggest(near: str | None) -> str:
     return f"; did you mean '{near}'?" if near else "; `--help` lists the keys"
 
 
-def _subclasses(cls: Any) -> Iterator[type]:
-    for child in cls.__subclasses__():
-        yield child
-        yield from _subclasses(child)
-
-
 def _class_names() -> set[str]:
-    return {child.__name__ for base in _CHOOSABLE for child in _subclasses(base)}
+    return {child.__name__ for base in _CHOOSABLE for child in subclasses(base)}
 
 
 def _settings() -> set[str]:
-    return {name for base in _CHOOSABLE for child in _subclasses(base) for name in inspect.signature(child).parameters}
+    return {name for base in _CHOOSABLE for child in subclasses(base) for name in inspect.signature(child).parameters}
