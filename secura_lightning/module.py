@@ -34,6 +34,7 @@ from secura_lightning.modeling.load import (
 )
 from secura_lightning.modeling.loss import summed_cross_entropy
 from secura_lightning.schedule import Schedule
+from secura_lightning.strategies.base import strategies_of
 
 
 class ContinualModule(LightningModule):
@@ -154,6 +155,8 @@ class ContinualModule(LightningModule):
         share = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["window_tokens"]
         loss = total * share
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
+        for strategy in strategies_of(self.trainer):
+            loss = strategy.shape_loss(self.trainer, self, loss, batch, batch_idx)
         return loss
 
     def answer_loss(self, batch: dict[str, Any]) -> Tensor:

@@ -10,6 +10,7 @@ Its rows are its state: a resumed run continues the same matrix.
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from secura_lightning.data.task import Task
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.evaluate import ProbeScore, TaskScore, evaluate_probe, evaluate_task
 from secura_lightning.metrics.text import check_metric
-from secura_lightning.strategies.base import Strategy
+from secura_lightning.strategies.base import strategies_of
 
 
 class ForgettingMonitor(Callback):
@@ -153,7 +154,11 @@ class ForgettingMonitor(Callback):
         tokenizer: Any = pl_module.tokenizer
         tasks, probe = _tasks(trainer), _probe(trainer)
         disable = None if trainer.is_global_zero else True  # None: no bar where there is no terminal
-        with trainer.precision_plugin.forward_context(), tqdm(leave=False, disable=disable, unit=" rows") as bar:
+        with ExitStack() as stack:
+            for strategy in strategies_of(trainer):
+                stack.enter_context(strategy.evaluating(pl_module))
+            stack.enter_context(trainer.precision_plugin.forward_context())
+            bar = stack.enter_context(tqdm(leave=False, disable=disable, unit=" rows"))
             options: Any = {"batch_size": self.batch_size, "normalise": self.normalise, "progress": bar.update}
             scores = []
             for task in tasks:
@@ -195,7 +200,7 @@ class ForgettingMonitor(Callback):
         return content
 
     def _meta(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        strategies = [type(c).__name__ for c in trainer.callbacks if isinstance(c, Strategy)]  # type: ignore[attr-defined]
+        strategies = [type(strategy).__name__ for strategy in strategies_of(trainer)]
         return {
             **pl_module.describe(),  # type: ignore[operator]
             "strategy": strategies or "SEQ",

@@ -10,12 +10,13 @@ Order at a task's end: strategies, then the module (adapters fuse), then everyth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from secura_lightning.strategies.base import Strategy
+from secura_lightning.strategies.base import Strategy, strategies_of
 
 
 class TaskStart(Callback):
@@ -49,12 +50,12 @@ class TaskEnd(Callback):
             return
         index = data.plan.locate(batch_idx).task
         callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
-        _dispatch("on_task_end", trainer, pl_module, index, [c for c in callbacks if isinstance(c, Strategy)])
+        _dispatch("on_task_end", trainer, pl_module, index, strategies_of(trainer))
         pl_module.on_task_end(index)  # type: ignore[operator]
         _dispatch("on_task_end", trainer, pl_module, index, [c for c in callbacks if not isinstance(c, Strategy)])
 
 
-def _dispatch(hook: str, trainer: Trainer, module: LightningModule, index: int, callbacks: list[Callback]) -> None:
+def _dispatch(hook: str, trainer: Trainer, module: LightningModule, index: int, callbacks: Sequence[Callback]) -> None:
     task = trainer.datamodule.tasks[index]  # type: ignore[attr-defined]
     for callback in callbacks:
         method = getattr(callback, hook, None)
