@@ -1,0 +1,151 @@
+"""What ER, I-LoRA and DER++ share: past rows drawn for every window of fresh ones, and a weighted loss over both.
+
+    loss = (1 - w) CE(fresh) + w CE(replayed) + what the strategy adds
+
+Every mean is over the trained tokens of the whole window (all micro-batches, all ranks), so that splitting a window
+changes nothing. Replay starts with the second task. Draws come from a generator of the strategy's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from secura_lightning.data.encode import collate, pad_id
+from secura_lightning.errors import ConfigError
+from secura_lightning.seeds import derive_seed
+from secura_lightning.strategies.base import Strategy
+from secura_lightning.strategies.buffer import ReplayBuffer, Sample
+from secura_lightning.strategies.ranks import gather, own, total
+
+
+@dataclass(slots=True)
+class Replayed:
+    """The replayed rows of one micro-batch.
+
+    Attributes:
+        rows: The rows.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[b, t]`` on the module's device.
+        trained: Trained tokens of the replayed rows of the whole window, as a divisor that makes the sum over a window
+            and all ranks a mean: gradients are averaged over micro-batches and ranks. A scalar.
+        tokens: The same of all tokens, prompts included.
+    """
+
+    rows: list[Sample]
+    batch: dict[str, Tensor]
+    trained: Tensor
+    tokens: Tensor
+
+
+class Drawing(Strategy, ABC):
+    """A strategy that draws from the run's :class:`ReplayBuffer`, with a generator of its own on every rank."""
+
+    requires: ClassVar[tuple[type[Strategy], ...]] = (ReplayBuffer,)
+
+    buffer: ReplayBuffer
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the buffer, and seed this rank's draws."""
+        found = [callback for callback in trainer.callbacks if isinstance(callback, ReplayBuffer)]  # type: ignore[attr-defined]
+        self.buffer = found[0]
+        self._rank, self._world = trainer.global_rank, trainer.world_size
+        name = type(self).__name__
+        self._generator = torch.Generator().manual_seed(derive_seed(pl_module.seed, name, self._rank))
+        self._pad = pad_id(pl_module.tokenizer)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every rank's draws; a collective call when distributed."""
+        return {"ranks": gather({"generator": self._generator.get_state()})}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue this rank's draws."""
+        mine = own(state_dict["ranks"], self._rank, self._world, type(self).__name__)
+        self._generator.set_state(mine["generator"].cpu())
+
+    def collate(self, rows: list[Sample], device: torch.device) -> dict[str, Tensor]:
+        """``rows`` as a batch on ``device``, padded among themselves."""
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in collate(rows, self._pad).items()}
+
+
+class Replay(Drawing):
+    """A strategy that trains on rows of past tasks beside the fresh ones.
+
+    Args:
+        replay_ratio: Replayed rows / (replayed + fresh rows) of a window. Where that is no whole number of rows, some
+            windows hold one more than others.
+        weight: Weight w of the replayed rows' loss; null: ``replay_ratio``, so that every row counts alike.
+    """
+
+    order: ClassVar[int] = 10
+    role: ClassVar[str | None] = "replay rows of the buffer beside the fresh ones"
+
+    def __init__(self, replay_ratio: float = 0.5, weight: float | None = None) -> None:
+        for key, value in (("replay_ratio", replay_ratio), ("weight", weight)):
+            if value is not None and not 0 < value < 1:
+                raise ConfigError(
+                    f"trainer.callbacks.{type(self).__name__}.{key} is {value}; it must lie between 0 and 1"
+                )
+        self.replay_ratio = replay_ratio
+        self.weight = weight
+        self._window: list[list[Sample]] = []  # replayed rows of the micro-batches that are left of this window
+        self._trained = self._tokens = torch.ones(())
+
+    def shape_loss(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, batch: dict[str, Any], batch_idx: int
+    ) -> Tensor:
+        """``(1 - w) loss`` and what the replayed rows add, from the second task on."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        position = data.plan.locate(batch_idx)
+        if position.task == 0:
+            return loss
+        if position.micro == 0:
+            per_window = len(batch["rows"]) * data.plan.accumulate
+            self._draw_window(trainer, pl_module, position.task, rows_of_step(position.step, per_window * self._share))
+        if not self._window:
+            return loss
+        rows = self._window.pop(0)
+        weight = self.replay_ratio if self.weight is None else self.weight
+        loss = (1 - weight) * loss
+        if not rows:
+            return loss
+        replayed = Replayed(rows, self.collate(rows, pl_module.device), self._trained, self._tokens)
+        return loss + self.replay_loss(trainer, pl_module, replayed, weight)
+
+    @abstractmethod
+    def replay_loss(self, trainer: Trainer, pl_module: LightningModule, replayed: Replayed, weight: float) -> Tensor:
+        """What one micro-batch's replayed rows add to the loss, a scalar, given the weight of their cross-entropy."""
+
+    def cross_entropy(self, pl_module: LightningModule, replayed: Replayed) -> Tensor:
+        """The mean cross-entropy of the replayed rows' answers, logged as ``train/replay_loss``."""
+        loss = pl_module.answer_loss(replayed.batch) / replayed.trained  # type: ignore[operator]
+        pl_module.log("train/replay_loss", loss.detach(), batch_size=len(replayed.rows))
+        return loss
+
+    @property
+    def _share(self) -> float:
+        return self.replay_ratio / (1 - self.replay_ratio)
+
+    def _draw_window(self, trainer: Trainer, pl_module: LightningModule, task: int, number: int) -> None:
+        """Draw the rows of a whole window at its start, because its token count divides every micro-batch's loss."""
+        accumulate = trainer.accumulate_grad_batches
+        self._window = []
+        if number == 0:
+            return
+        rows = self.buffer.draw(number, task, self._generator)
+        counts = [float(sum(row.n_trained for row in rows)), float(sum(len(row.ids) for row in rows))]
+        counted = total(trainer, counts, pl_module.device).clamp_min(1) / (accumulate * trainer.world_size)
+        if not rows and trainer.world_size == 1:
+            return
+        self._trained, self._tokens = counted.to(torch.float32).unbind()
+        self._window = [rows[i::accumulate] for i in range(accumulate)]
+
+
+def rows_of_step(step: int, per_step: float) -> int:
+    """How many rows step number ``step`` replays: the first n steps together replay ``per_step * n``, rounded down."""
+    slack = 1e-9  # 8 * 0.2 / 0.8 is a little below 2
+    return int((step + 1) * per_step + slack) - int(step * per_step + slack)

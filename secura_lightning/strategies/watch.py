@@ -1,0 +1,98 @@
+"""The base-knowledge probe in two disjoint parts: what a strategy may watch, and what the report scores.
+
+A promise that is only checked on the rows that it is kept by says little. So a strategy that acts on the probe watches
+one part of it, and the run's report scores the other. The parts depend on the rows alone, not on the run or its seed:
+half of each kind of knowledge, by a hash of the row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from secura_lightning.data.probe import Probe
+from secura_lightning.data.rows import Row
+from secura_lightning.errors import ConfigError
+from secura_lightning.evaluation.evaluate import ProbeScore
+from secura_lightning.metrics.continual import base_retention
+
+T = TypeVar("T")
+
+
+class ProbePart(Probe):
+    """Some of the rows and texts of another probe.
+
+    Args:
+        whole: The other probe.
+        rows: Its rows that belong to the part.
+        texts: Its texts that do.
+    """
+
+    def __init__(self, whole: Probe, rows: list[Row], texts: list[str]) -> None:
+        super().__init__(whole.name, whole.max_new_tokens, whole.separator)
+        self.whole = whole
+        self._rows = rows
+        self._texts = texts
+
+    def rows(self) -> list[Row]:
+        """The part's questions."""
+        return self._rows
+
+    def texts(self) -> list[str]:
+        """The part's documents."""
+        return self._texts
+
+
+def split_probe(probe: Probe, share: float) -> tuple[ProbePart, ProbePart]:
+    """The part to watch, about ``share`` of every kind, and the rest.
+
+    Texts are watched only where the probe has no questions: the rest keeps them otherwise.
+
+    Raises:
+        ConfigError: There is too little to split.
+    """
+    rows, texts = probe.rows(), probe.texts()
+    watched: set[int] = set()
+    for kind in sorted({row.kind for row in rows}):
+        members = [i for i, row in enumerate(rows) if row.kind == kind]
+        watched |= _some(members, share, lambda i: f"{rows[i].id}/{rows[i].prompt}")
+    documents = set() if rows else _some(list(range(len(texts))), share, lambda i: texts[i])
+    if not watched and not documents:
+        raise ConfigError(
+            f"trainer.callbacks.RetentionGuard: the probe '{probe.name}' is too small to be split in two; "
+            "give the guard its own with watch"
+        )
+    return (
+        ProbePart(probe, [rows[i] for i in sorted(watched)], [texts[i] for i in sorted(documents)]),
+        ProbePart(probe, _without(rows, watched), _without(texts, documents)),
+    )
+
+
+def _some(members: list[int], share: float, key: Callable[[int], str]) -> set[int]:
+    """``share`` of the members, at least one of two and never all."""
+    order = sorted(members, key=lambda i: hashlib.sha256(key(i).encode()).digest())
+    return set(order[: min(max(1, round(share * len(order))), len(order) - 1)])
+
+
+def _without(items: Sequence[T], taken: set[int]) -> list[T]:
+    return [item for i, item in enumerate(items) if i not in taken]
+
+
+def retention(now: ProbeScore, base: ProbeScore) -> float:
+    """What is left of the base's score, in 0..1.
+
+    The mean over kinds of min(1, score / base's score), as ``base_retention`` in the report; for a probe of text alone
+    min(1, base's perplexity / perplexity).
+
+    Raises:
+        ConfigError: The base knows nothing of what is asked.
+    """
+    if now.kinds:
+        value = base_retention([[base.kinds[kind] for kind in base.kinds], [now.kinds[kind] for kind in base.kinds]])
+        if value is None:
+            raise ConfigError(f"data.probe: the base answers no question of '{now.probe}', so it has nothing to retain")
+        return value
+    assert now.perplexity is not None
+    assert base.perplexity is not None
+    return min(1.0, base.perplexity / now.perplexity)
