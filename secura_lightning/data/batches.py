@@ -6,6 +6,9 @@
 
 The rows of a window do not depend on how it is split, so any split into micro-batches and ranks of the same product
 trains on the same rows, and each micro-batch carries the token count of its whole window to normalise by.
+
+Padding is work for nothing. Two ways around it, both pure functions of the position too: windows of rows of similar
+length (each row still once a pass), or rows packed into the lines of a batch (the same rows at the same step).
 """
 
 from __future__ import annotations
@@ -15,11 +18,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from secura_lightning.data.encode import Encoded, collate
+from secura_lightning.data.encode import Encoded, collate, collate_packed
+from secura_lightning.data.store import lengths_of
 from secura_lightning.seeds import derive_seed
+
+GROUPED_WINDOWS = 50  # windows whose rows are sorted by length together: enough to be alike, few enough to stay mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,8 @@ class SequenceBatches(Dataset[dict[str, Any]]):
         world_size: Number of processes.
         seed: Seed of the order of rows.
         pad: Token id that fills short rows.
+        group_by_length: Put rows of similar length into the same window.
+        packing: Put rows behind one another into as few lines as the longest row of the micro-batch allows.
     """
 
     def __init__(
@@ -94,6 +104,8 @@ class SequenceBatches(Dataset[dict[str, Any]]):
         world_size: int = 1,
         seed: int = 0,
         pad: int = 0,
+        group_by_length: bool = False,
+        packing: bool = False,
     ) -> None:
         self.rows = rows
         self.plan = plan
@@ -102,34 +114,102 @@ class SequenceBatches(Dataset[dict[str, Any]]):
         self.world_size = world_size
         self.seed = seed
         self.pad = pad
+        self.group_by_length = group_by_length
+        self.packing = packing
         self._order = lru_cache(maxsize=4)(self._permutation)
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The collated micro-batch, with ``window_tokens`` (float), ``task`` (int) and ``rows`` (row indices)."""
+        """The collated micro-batch, with ``window_tokens`` and ``padding_efficiency`` (floats), ``task`` (int) and
+        ``rows`` (row indices)."""
         position = self.plan.locate(index)
         window = self.window(position.task, position.step)
-        first = (position.micro * self.world_size + self.rank) * self.batch_size
-        mine = window[first : first + self.batch_size]
+        mine = self._share(window, position.micro)
         rows = self.rows[position.task]
-        batch: dict[str, Any] = dict(collate([rows[i] for i in mine], self.pad))
+        taken = [rows[i] for i in mine]
+        lines = pack_lines([len(row.ids) for row in taken]) if self.packing else None
+        batch: dict[str, Any] = (
+            dict(collate(taken, self.pad))
+            if lines is None
+            else dict(collate_packed([[taken[i] for i in line] for line in lines], self.pad))
+        )
         batch["window_tokens"] = float(sum(rows[i].n_trained for i in window))
+        batch["padding_efficiency"] = sum(len(row.ids) for row in taken) / batch["input_ids"].numel()
         batch["task"] = position.task
         batch["rows"] = mine
         return batch
 
+    def padding_efficiency(self, task: int, steps: int = 200) -> float:
+        """Share of a task's batch positions that hold tokens, over its first ``steps`` windows and all ranks."""
+        lengths = lengths_of(self.rows[task])
+        tokens = places = 0
+        for step in range(min(steps, self.plan.steps[task])):
+            window = self.window(task, step)
+            for first in range(0, len(window), self.batch_size):
+                sizes = [int(lengths[i]) for i in window[first : first + self.batch_size]]
+                lines = pack_lines(sizes) if self.packing else [[i] for i in range(len(sizes))]
+                tokens += sum(sizes)
+                places += len(lines) * max(sum(sizes[i] for i in line) for line in lines)
+        return tokens / places
+
     def window(self, task: int, step: int) -> list[int]:
         """Row indices of one optimizer step, over all ranks and micro-batches."""
-        size = self.batch_size * self.world_size * self.plan.accumulate
         n = len(self.rows[task])
-        stream = range(step * size, (step + 1) * size)
-        return [self._order(task, place // n)[place % n] for place in stream]
+        stream = range(step * self.window_size, (step + 1) * self.window_size)
+        window = [int(self._order(task, place // n)[place % n]) for place in stream]
+        if self.group_by_length:  # so that its micro-batches are alike too
+            lengths = lengths_of(self.rows[task])
+            window.sort(key=lambda i: (-lengths[i], i))
+        return window
 
-    def _permutation(self, task: int, epoch: int) -> list[int]:
+    @property
+    def window_size(self) -> int:
+        """Rows of one optimizer step."""
+        return self.batch_size * self.world_size * self.plan.accumulate
+
+    def _share(self, window: list[int], micro: int) -> list[int]:
+        """This rank's rows of a micro-batch."""
+        first = (micro * self.world_size + self.rank) * self.batch_size
+        return window[first : first + self.batch_size]
+
+    def _permutation(self, task: int, epoch: int) -> NDArray[np.int64]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "rows", task, epoch))
-        return torch.randperm(len(self.rows[task]), generator=generator).tolist()
+        n = len(self.rows[task])
+        order = torch.randperm(n, generator=generator).numpy()
+        if not self.group_by_length:
+            return order
+        # The pass begins somewhere inside a window, unless the rows divide evenly: what is no whole window stays mixed.
+        size = self.window_size
+        first = -epoch * n % size
+        whole = max(0, n - first) // size
+        inner = order[first : first + whole * size]
+        for start in range(0, len(inner), GROUPED_WINDOWS * size):
+            part = inner[start : start + GROUPED_WINDOWS * size]
+            part[:] = part[np.argsort(lengths_of(self.rows[task])[part], kind="stable")]
+        shuffled = torch.randperm(whole, generator=generator).numpy()
+        order[first : first + whole * size] = inner.reshape(whole, size)[shuffled].reshape(-1)
+        return order
+
+
+def pack_lines(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows packed into lines no longer than the longest row: longest first, each into the first line with room.
+
+    Returns:
+        The indices of each line's rows.
+    """
+    room: list[int] = []
+    lines: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((line for line, left in enumerate(room) if left >= lengths[i]), None)
+        if place is None:
+            place = len(lines)
+            lines.append([])
+            room.append(max(lengths))
+        lines[place].append(i)
+        room[place] -= lengths[i]
+    return lines
 
 
 class _From(Sampler[int]):

@@ -50,6 +50,7 @@ class BenchmarkTask(Task):
         max_new_tokens: Longest generated answer, in tokens.
         separator: Text between prompt and answer.
         seed: Seed of what the limits draw. Which rows are held out does not depend on it.
+        stop: Texts that end a generated answer and are no part of it, such as a line break.
     """
 
     hub: ClassVar[Hub | None] = None
@@ -58,6 +59,8 @@ class BenchmarkTask(Task):
     """Fields of the template; None where they are the columns of the data."""
     subfolder: str | None = None
     """The dataset's folder inside a collection that ``path`` may name."""
+    unfit: str = "the benchmark does not use such rows"
+    """Why :meth:`to_row` leaves a record out, for messages."""
 
     def __init__(
         self,
@@ -77,8 +80,11 @@ class BenchmarkTask(Task):
         max_new_tokens: int = 32,
         separator: str = " ",
         seed: int = 0,
+        stop: list[str] | None = None,
     ) -> None:
-        super().__init__(name, metric, max_new_tokens, separator, seed)
+        super().__init__(name, metric, max_new_tokens, separator, seed, stop)
+        if "" in self.stop:
+            raise ConfigError(f"task '{name}': init_args.stop holds an empty text, which would end every answer")
         if path is not None and (hub_id or hub_config or revision):
             raise ConfigError(f"task '{name}': init_args.path and init_args.hub_id (or its revision) are both set; "
                               "keep one")  # fmt: skip
@@ -102,8 +108,8 @@ class BenchmarkTask(Task):
     # ---------------------------------------------------------------- what a benchmark says
 
     @abstractmethod
-    def to_row(self, id: str, record: Record, split: Split) -> Row:
-        """One record as a row.
+    def to_row(self, id: str, record: Record, split: Split) -> Row | None:
+        """One record as a row; None where the benchmark leaves such records out (how many is reported).
 
         Args:
             id: The row's id.
@@ -156,9 +162,11 @@ class BenchmarkTask(Task):
     def _parts(self) -> dict[Split, list[Row]]:
         """The training file's rows, divided; a part's limit is applied where it is held out, the training one later."""
         records = self.source.records("train")
-        rows = [self._row(record, i, "train", "train") for i, record in enumerate(records)]
-        counts = Counter(row.prompt for row in rows)
-        once = [i for i, row in enumerate(rows) if counts[row.prompt] == 1]
+        found = ((i, self._row(record, i, "train", "train")) for i, record in enumerate(records))
+        rows = {i: row for i, row in found if row is not None}
+        self.report_left_out("train", len(records) - len(rows))
+        counts = Counter(row.prompt for row in rows.values())
+        once = [i for i, row in rows.items() if counts[row.prompt] == 1]
         once.sort(key=lambda i: hashlib.sha256(rows[i].prompt.encode()).digest())
         part_of: dict[int, Split] = {}
         for split in self._missing:
@@ -174,39 +182,51 @@ class BenchmarkTask(Task):
             part_of |= dict.fromkeys(free[:n], split)
             rank_zero_info(f"task '{self.name}': {n} {split} rows are held out of the training rows")
         parts: dict[Split, list[Row]] = {"train": [], **{split: [] for split in self._missing}}
-        for i, row in enumerate(rows):
+        for i, row in rows.items():
             part = part_of.get(i, "train")
-            parts[part].append(row if part == "train" else self._row(records[i], i, "train", part))
+            parts[part].append(row if part == "train" else self._row(records[i], i, "train", part) or row)
         return parts
 
-    def _draw(self, split: Split, n: int, row: Callable[[int], Row]) -> list[Row]:
+    def _draw(self, split: Split, n: int, row: Callable[[int], Row | None]) -> list[Row]:
         """At most the split's limit of ``n`` rows, drawn by the seed and in their order."""
         wanted = self.limits[split]
         order: Sequence[int] = range(n)
         if wanted is not None and wanted < n:
             order = random.Random(f"{self.name}/{split}/{self.seed}").sample(order, n)
         kept: dict[int, Row] = {}
-        long = 0
+        long = unfit = 0
         for i in order:
             if wanted is not None and len(kept) == wanted:
                 break
             found = row(i)
-            if split == "train" and self.max_answer_words and len(found.answer.split()) > self.max_answer_words:
+            if found is None:
+                unfit += 1
+            elif split == "train" and self.max_answer_words and len(found.answer.split()) > self.max_answer_words:
                 long += 1
             else:
                 kept[i] = found
+        self.report_left_out(split, unfit)
         if long:
             rank_zero_warn(f"task '{self.name}': left out {long} rows with more than {self.max_answer_words} words")
+        if not kept:
+            reason = f"all {long} have more than max_answer_words={self.max_answer_words} words" if long else self.unfit
+            raise SecuraError(f"{self.source.where(split)}: none of {n} {split} rows is left: {reason}")
         if wanted is not None and len(kept) < wanted:
             rank_zero_warn(f"task '{self.name}': n_{split}={wanted}, but there are only {len(kept)} rows")
         return [kept[i] for i in sorted(kept)]
 
-    def _row(self, record: Record, index: int, file: Split, split: Split) -> Row:
+    def report_left_out(self, split: Split, count: int) -> None:
+        """Say how many records the benchmark left out of a split."""
+        if count:
+            rank_zero_warn(f"task '{self.name}': left out {count} {split} rows: {self.unfit}")
+
+    def _row(self, record: Record, index: int, file: Split, split: Split) -> Row | None:
         """The row of one record, checked; ``file`` is the split that it was read from."""
         number = index + 1
         try:
             row = self.to_row(f"{file}/{number}", record, split)
-            check(row)
+            if row is not None:
+                check(row)
         except SecuraError as error:
             raise type(error)(f"{self.source.where(file)}, row {number}: {error}") from error
         return row

@@ -9,11 +9,12 @@ template lacks a generation block). Truncation drops tokens from the left of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from secura_lightning.data.rows import Row
 from secura_lightning.errors import SecuraError
 
 IGNORED = -100  # the label that torch's cross-entropy skips
+Ids = Sequence[int] | NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Encoded:
         truncated: How many prompt tokens were dropped to fit.
     """
 
-    ids: Sequence[int]
+    ids: Ids
     n_prompt: int
     truncated: int = 0
 
@@ -43,44 +45,92 @@ class Encoded:
         return len(self.ids) - max(1, self.n_prompt)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of ``[bos] prompt``, without end of sequence: what generation starts from."""
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text on its own, without special tokens; one call, as tokenizers are quick on many."""
+    if not texts:
+        return []
+    # verbose=False: the warning that a text exceeds the model's context; what is cut is counted by whoever cuts.
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of ``[bos] prompt`` of each prompt, without end of sequence: what generation starts from."""
     bos = tokenizer.bos_token_id
-    return ids if bos is None else [bos, *ids]
+    return [ids if bos is None else [bos, *ids] for ids in tokens_of(tokenizer, prompts)]
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, separator: str = " ") -> list[int]:
-    """Token ids of the answer as it continues the prompt, without end of sequence.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """:func:`encode_prompts` of one prompt."""
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], separator: str = " "
+) -> list[list[int]]:
+    """Token ids of each (prompt, answer) pair's answer as it continues its prompt, without end of sequence.
 
     The prompt's own tokens must stay what generation will see, so the answer is what follows them in the joint
     encoding. Where joining changes the prompt's last token, the answer is encoded on its own instead.
     """
-    alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    joint = tokenizer(prompt + separator + answer, add_special_tokens=False)["input_ids"]
-    if joint[: len(alone)] == alone:
-        return joint[len(alone) :]
-    return tokenizer(separator + answer, add_special_tokens=False)["input_ids"]
+    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))  # the choices of a row share theirs
+    alone = dict(zip(prompts, tokens_of(tokenizer, prompts), strict=True))
+    found = tokens_of(tokenizer, [prompt + separator + answer for prompt, answer in pairs])
+    torn: list[int] = []
+    for i, (prompt, _) in enumerate(pairs):
+        before = alone[prompt]
+        if found[i][: len(before)] == before:
+            found[i] = found[i][len(before) :]
+        else:
+            torn.append(i)
+    for i, ids in zip(torn, tokens_of(tokenizer, [separator + pairs[i][1] for i in torn]), strict=True):
+        found[i] = ids
+    return found
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, separator: str = " ") -> Encoded:
-    """Encode a row for training.
+def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, separator: str = " ") -> list[int]:
+    """:func:`encode_answers` of one pair."""
+    return encode_answers(tokenizer, [(prompt, answer)], separator)[0]
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, separator: str = " "
+) -> list[Encoded]:
+    """Encode rows for training.
 
     Args:
-        tokenizer: Any Hugging Face tokenizer with an end-of-sequence token.
-        row: The row.
-        max_length: Most tokens of the result; prompt tokens are dropped from the left to fit.
+        tokenizer: Any Hugging Face tokenizer.
+        rows: The rows.
+        max_length: Most tokens of a result; prompt tokens are dropped from the left to fit.
         separator: Text between prompt and answer.
 
     Raises:
-        SecuraError: The answer is empty, or does not fit into ``max_length`` on its own.
+        SecuraError: An answer is empty, has no tokens, or does not fit into ``max_length`` on its own.
     """
-    if not row.answer.strip():
-        raise SecuraError(f"row {row.id}: the answer is empty, so no token would be trained; remove the row")
-    answer = encode_answer(tokenizer, row.prompt, row.answer, separator)
-    if tokenizer.eos_token_id is not None:
-        answer = [*answer, tokenizer.eos_token_id]
-    prompt = encode_prompt(tokenizer, row.prompt)
+    for row in rows:
+        if not row.answer.strip():
+            raise SecuraError(f"row {row.id}: the answer is empty, so no token would be trained; remove the row")
+    answers = encode_answers(tokenizer, [(row.prompt, row.answer) for row in rows], separator)
+    prompts = encode_prompts(tokenizer, [row.prompt for row in rows])
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    bos = tokenizer.bos_token_id is not None
+    return [
+        _join(row, prompt, answer, end, max_length, bos)
+        for row, prompt, answer in zip(rows, prompts, answers, strict=True)
+    ]
+
+
+def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, separator: str = " ") -> Encoded:
+    """:func:`encode_rows` of one row."""
+    return encode_rows(tokenizer, [row], max_length, separator)[0]
+
+
+def _join(row: Row, prompt: list[int], answer: list[int], end: list[int], max_length: int, bos: bool) -> Encoded:
+    if not answer:
+        raise SecuraError(
+            f"row {row.id}: the tokenizer makes no token of the answer {row.answer!r}, so none would be trained; "
+            "remove the row"
+        )
+    answer = answer + end
     room = max_length - len(answer)
     if room < 1:
         raise SecuraError(
@@ -89,15 +139,20 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, se
         )
     dropped = max(0, len(prompt) - room)
     if dropped:
-        keep_bos = tokenizer.bos_token_id is not None and room > 1
+        keep_bos = bos and room > 1
         prompt = prompt[:1] + prompt[len(prompt) - room + 1 :] if keep_bos else prompt[len(prompt) - room :]
     return Encoded(prompt + answer, len(prompt), dropped)
 
 
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of whole documents ``[bos] text [eos]``, every token of them trained."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [ids + end for ids in encode_prompts(tokenizer, texts)]
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a whole document ``[bos] text [eos]``, every token of it trained."""
-    ids = encode_prompt(tokenizer, text)
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+    """:func:`encode_texts` of one document."""
+    return encode_texts(tokenizer, [text])[0]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -112,21 +167,48 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, each ``[b, t]`` of int64; labels are :data:`IGNORED` on
-        prompts and on padding.
+        prompts, on padding, and on the first token, which nothing predicts.
     """
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
-    for i, row in enumerate(rows):
-        n = len(row.ids)
-        ids[i, :n] = torch.as_tensor(row.ids)
-        mask[i, :n] = 1
-        labels[i, row.n_prompt : n] = ids[i, row.n_prompt : n]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch = collate_packed([[row] for row in rows], pad)
+    del batch["position_ids"]
+    return batch
 
 
-def pack(documents: Sequence[Sequence[int]], length: int) -> list[Encoded]:
+def collate_packed(bins: Sequence[Sequence[Encoded]], pad: int) -> dict[str, Tensor]:
+    """Rows one after another in each line of a batch, told apart by positions that start again at 0.
+
+        rows    a a a a b b b c c . .
+        places  0 1 2 3 0 1 2 0 1 0 1      no row attends to another (see :mod:`secura_lightning.modeling.packing`)
+
+    Args:
+        bins: The rows of each line.
+        pad: Token id that fills the lines.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` (1 on tokens, 0 on padding), ``position_ids`` and ``labels``, each ``[b, t]``
+        of int64. The first label of a row is :data:`IGNORED`: what stands before it is another row.
+    """
+    width = max(sum(len(row.ids) for row in line) for line in bins)
+    ids = np.full((len(bins), width), pad, dtype=np.int64)
+    mask = np.zeros((len(bins), width), dtype=np.int64)
+    places = np.zeros((len(bins), width), dtype=np.int64)
+    labels = np.full((len(bins), width), IGNORED, dtype=np.int64)
+    for i, line in enumerate(bins):
+        start = 0
+        for row in line:
+            end = start + len(row.ids)
+            first = start + max(1, row.n_prompt)
+            ids[i, start:end] = row.ids
+            labels[i, first:end] = ids[i, first:end]
+            places[i, start:end] = np.arange(len(row.ids))
+            start = end
+        mask[i, :start] = 1
+        places[i, start:] = np.arange(width - start)
+    parts = {"input_ids": ids, "attention_mask": mask, "position_ids": places, "labels": labels}
+    return {name: torch.from_numpy(part) for name, part in parts.items()}
+
+
+def pack(documents: Iterable[Sequence[int]], length: int) -> list[Encoded]:
     """Concatenate whole documents and cut them into blocks of ``length`` tokens, every token trained.
 
     The tail that fills no block is dropped (fewer than ``length`` tokens). Documents in one block see each other,
@@ -134,4 +216,4 @@ def pack(documents: Sequence[Sequence[int]], length: int) -> list[Encoded]:
     """
     stream = np.fromiter((token for document in documents for token in document), dtype=np.int32)
     blocks = stream[: len(stream) // length * length].reshape(-1, length)
-    return [Encoded(block, 0) for block in blocks]  # type: ignore[arg-type]
+    return [Encoded(block, 0) for block in blocks]

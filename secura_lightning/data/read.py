@@ -29,35 +29,39 @@ _SHOWN = 8  # names listed in a message
 _LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # where a JSON text may hold half a character
 
 
-def read_rows(path: str | Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def read_rows(
+    path: str | Path, columns: Sequence[str] | None = None, suffix: str | None = None, encoding: str = "utf-8"
+) -> list[dict[str, Any]]:
     """All records of a data file.
 
     Args:
         path: The file; its suffix says how it is read.
         columns: Names of the columns of a csv or tsv file without a header line.
+        suffix: How it is read, where its name says something else (a table named ``.txt``).
+        encoding: How its text is encoded.
 
     Raises:
-        SecuraError: The file is missing, of an unknown kind, broken (with the line), not UTF-8, or holds no row.
+        SecuraError: The file is missing, of an unknown kind, broken (with the line), wrongly encoded, or holds no row.
     """
     path = existing(Path(path))
-    suffix = path.suffix.lower()
+    suffix = suffix or path.suffix.lower()
     if path.is_dir():
         raise SecuraError(f"{path} is a folder; give a file ({', '.join(SUFFIXES)})")
     if suffix not in SUFFIXES:
         raise SecuraError(f"{path}: cannot read '{suffix}' files; give one of {', '.join(SUFFIXES)}")
     if columns is not None and suffix not in (".csv", ".tsv"):
         raise SecuraError(f"{path}: init_args.columns names the columns of csv and tsv files only; remove it")
-    rows = _parquet(path) if suffix == ".parquet" else _PARSERS[suffix](path, read_text(path), columns)
+    rows = _parquet(path) if suffix == ".parquet" else _PARSERS[suffix](path, read_text(path, encoding), columns)
     if not rows:
         raise SecuraError(f"{path} holds no rows")
     return rows
 
 
-def read_text(path: str | Path) -> str:
-    """The content of a UTF-8 file, a byte-order mark at its start left out.
+def read_text(path: str | Path, encoding: str = "utf-8") -> str:
+    """The content of a text file, a byte-order mark at its start left out.
 
     Raises:
-        SecuraError: The file is missing, unreadable or not UTF-8 (with line and byte).
+        SecuraError: The file is missing, unreadable or wrongly encoded (with line and byte).
     """
     path = existing(Path(path))
     try:
@@ -65,11 +69,12 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise SecuraError(f"{path}: cannot be read ({error.strerror})") from error
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
+        return data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line, name = data.count(b"\n", 0, error.start) + 1, encoding.upper()
         raise SecuraError(
-            f"{path}, line {line}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8; save the file as UTF-8"
+            f"{path}, line {line}: byte {error.start} (0x{data[error.start]:02x}) is not {name}; "
+            f"save the file as {name}"
         ) from error
 
 
@@ -197,7 +202,7 @@ def _json(path: Path, text: str, columns: Sequence[str] | None) -> list[dict[str
             raise SecuraError(f"{error}; a file of one object a line must be named .jsonl") from error
         raise
     if isinstance(value, dict):
-        value = value.get("data")
+        value = value.get("data", value.get("Data"))  # TriviaQA's files have a capital
     if not isinstance(value, list):
         raise SecuraError(f'{path}: must hold a list of objects, or {{"data": [...]}}')
     return [_object(item, f"{path}, row {number}") for number, item in enumerate(value, start=1)]

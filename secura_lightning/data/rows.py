@@ -18,6 +18,7 @@ class Row:
         answer: The reference answer, never empty. For multiple choice it is one of ``choices``.
         choices: The candidate answers of a multiple-choice row, in order; empty for free answers.
         kind: The group that a row is scored in (kinds of facts in a probe); empty where there is only one.
+        aliases: Other answers that are just as right; none for multiple choice.
     """
 
     id: str
@@ -25,3 +26,4 @@ class Row:
     answer: str
     choices: tuple[str, ...] = ()
     kind: str = ""
+    aliases: tuple[str, ...] = ()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from secura_lightning.data.batches import ResumableLoader, SequenceBatches, SequencePlan
-from secura_lightning.data.encode import Encoded, encode_row, encode_text, pack, pad_id
+from secura_lightning.data.encode import pad_id
 from secura_lightning.data.probe import Probe
+from secura_lightning.data.rows import Row
+from secura_lightning.data.store import EncodedRows
+from secura_lightning.data.stream import stream_rows
 from secura_lightning.data.task import Task
-from secura_lightning.errors import ConfigError, SecuraError
+from secura_lightning.data.tokenise import CACHE, Tokeniser
+from secura_lightning.errors import ConfigError
 
 
 class SequenceDataModule(LightningDataModule):
@@ -28,7 +33,16 @@ class SequenceDataModule(LightningDataModule):
         epochs_per_task: Passes over a task's rows (rounded up to whole optimizer steps), one number or one per task.
         steps_per_task: Optimizer steps of a task, instead of ``epochs_per_task``; one number or one per task.
         num_workers: DataLoader workers.
+        group_by_length: Put rows of similar length into the same batch: less padding, and every row still once a pass,
+            but batches are less mixed.
+        packing: Put a batch's rows behind one another into fewer lines: the same rows, loss and steps without most of
+            the padding. Refused where the model would let packed rows see each other.
+        cache: Folder that keeps the token ids of tasks of 10 000 rows and more; null keeps nothing.
+        num_proc: Processes that tokenise.
+        streaming: For data larger than memory: training rows are read one by one, and their token ids are mapped from
+            ``cache``.
         seed: Seed of the order of rows.
+        pin_memory: Batches wait in page-locked memory, from which a GPU copies faster; null: where there is a GPU.
     """
 
     def __init__(
@@ -40,10 +54,22 @@ class SequenceDataModule(LightningDataModule):
         epochs_per_task: float | list[float] | None = None,
         steps_per_task: int | list[int] | None = None,
         num_workers: int = 0,
+        group_by_length: bool = False,
+        packing: bool = False,
+        cache: str | None = CACHE,
+        num_proc: int = 1,
+        streaming: bool = False,
         seed: int = 0,
+        pin_memory: bool | None = None,
     ) -> None:
         super().__init__()
         _check_settings(tasks, batch_size, epochs_per_task, steps_per_task)
+        if num_proc < 1:
+            raise ConfigError(f"data.num_proc is {num_proc}; it must be at least 1")
+        if group_by_length and packing:
+            raise ConfigError("data.group_by_length and data.packing both save padding; packing does without: keep one")
+        if streaming and cache is None:
+            raise ConfigError("data.streaming maps token ids from data.cache; give data.cache a folder")
         self.tasks = tasks
         self.probe = probe
         self.batch_size = batch_size
@@ -51,10 +77,24 @@ class SequenceDataModule(LightningDataModule):
         self.epochs_per_task = epochs_per_task
         self.steps_per_task = steps_per_task
         self.num_workers = num_workers
+        self.group_by_length = group_by_length
+        self.packing = packing
+        self.cache = cache
+        self.num_proc = num_proc
+        self.streaming = streaming
+        self.pin_memory = pin_memory
         self.seed = seed
-        self.encoded: list[list[Encoded]] = []
+        self.encoded: list[EncodedRows] = []
         self.plan: SequencePlan = SequencePlan([])
         self._pad = 0
+
+    def prepare_data(self) -> None:
+        """Fill the cache from one process of each machine, before the others look into it."""
+        assert self.trainer is not None
+        tokeniser = self._tokeniser(self.trainer.lightning_module.tokenizer)  # type: ignore[arg-type]
+        for task in self.tasks:
+            if tokeniser.folder(task) is not None:
+                tokeniser.encode(task)
 
     def setup(self, stage: str) -> None:
         """Encode the training rows of every task and lay out the run's steps.
@@ -62,23 +102,53 @@ class SequenceDataModule(LightningDataModule):
         Raises:
             SecuraError: A task has no training rows, or a row cannot be encoded.
         """
-        if self.encoded:
-            return
         assert self.trainer is not None
         tokenizer: Any = self.trainer.lightning_module.tokenizer
+        self.lay_out(tokenizer, self.trainer.accumulate_grad_batches, self.trainer.world_size)
+
+    def lay_out(self, tokenizer: PreTrainedTokenizerBase, accumulate: int = 1, world_size: int = 1) -> None:
+        """What :meth:`setup` does, without a trainer.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            accumulate: Micro-batches per optimizer step.
+            world_size: Number of processes.
+
+        Raises:
+            SecuraError: A task has no training rows, or a row cannot be encoded.
+        """
+        if self.encoded:
+            return
         self._pad = pad_id(tokenizer)
-        self.encoded = [self._encode(tokenizer, task) for task in self.tasks]
-        accumulate = self.trainer.accumulate_grad_batches
-        self.plan = SequencePlan(self._steps(self.batch_size * accumulate * self.trainer.world_size), accumulate)
+        tokeniser = self._tokeniser(tokenizer)
+        self.encoded = [tokeniser.encode(task) for task in self.tasks]
+        self._report_truncation()
+        self.plan = SequencePlan(self._steps(self.batch_size * accumulate * world_size), accumulate)
 
     def train_dataloader(self) -> ResumableLoader:
         """The whole sequence as one loader; Lightning keeps its position in the checkpoint."""
         assert self.trainer is not None
-        return ResumableLoader(self.batches(self.trainer.global_rank, self.trainer.world_size), self.num_workers)
+        pinned = self.trainer.strategy.root_device.type == "cuda" if self.pin_memory is None else self.pin_memory
+        batches = self.batches(self.trainer.global_rank, self.trainer.world_size)
+        return ResumableLoader(batches, self.num_workers, pinned)
 
     def batches(self, rank: int = 0, world_size: int = 1) -> SequenceBatches:
         """The micro-batches of one rank."""
-        return SequenceBatches(self.encoded, self.plan, self.batch_size, rank, world_size, self.seed, self._pad)
+        return SequenceBatches(
+            self.encoded,
+            self.plan,
+            self.batch_size,
+            rank,
+            world_size,
+            self.seed,
+            self._pad,
+            self.group_by_length,
+            self.packing,
+        )
+
+    def training_rows(self, task: Task) -> Iterable[Row]:
+        """The training rows of a task as text, one after another where they are streamed."""
+        return stream_rows(task) if self.streaming else task.rows("train")
 
     def describe(self) -> dict[str, Any]:
         """What a reader of the results needs to know about the data."""
@@ -88,6 +158,9 @@ class SequenceDataModule(LightningDataModule):
             "steps_per_task": self.plan.steps,
             "batch_size": self.batch_size,
             "max_length": self.max_length,
+            "truncated": [int((rows.truncated > 0).sum()) for rows in self.encoded],
+            "group_by_length": self.group_by_length,
+            "packing": self.packing,
             "data_seed": self.seed,
         }
 
@@ -102,7 +175,7 @@ class SequenceDataModule(LightningDataModule):
             ConfigError: The sequence, its steps or its batches differ from the checkpoint's.
         """
         for key, now in self._signature().items():
-            then = state_dict.get(key)
+            then = state_dict.get(key, False if key == "group_by_length" else None)  # checkpoints of 0.1.0 lack it
             if then != now:
                 raise ConfigError(
                     f"data: the checkpoint was written with {key}={then}, this configuration has {key}={now}; "
@@ -116,24 +189,20 @@ class SequenceDataModule(LightningDataModule):
             "steps_per_task": self.plan.steps,
             "window": self.batch_size * self.plan.accumulate * (self.trainer.world_size if self.trainer else 1),
             "seed": self.seed,
+            "group_by_length": self.group_by_length,
         }
 
-    def _encode(self, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Encoded]:
-        rows = task.rows("train")
-        if not rows:
-            raise SecuraError(f"data.tasks: task '{task.name}' has no training rows")
-        if task.is_text:
-            encoded = pack([encode_text(tokenizer, row.answer) for row in rows], self.max_length)
-            if not encoded:
-                raise SecuraError(f"data.tasks: the text of '{task.name}' fills no block of data.max_length tokens")
-            return encoded
-        encoded = [encode_row(tokenizer, row, self.max_length, task.separator) for row in rows]
-        cut = sum(row.truncated > 0 for row in encoded)
-        if cut:
-            rank_zero_warn(
-                f"{cut} of {len(rows)} prompts of '{task.name}' lost tokens to data.max_length={self.max_length}"
-            )
-        return encoded
+    def _tokeniser(self, tokenizer: PreTrainedTokenizerBase) -> Tokeniser:
+        return Tokeniser(tokenizer, self.max_length, self.cache, self.num_proc, self.streaming)
+
+    def _report_truncation(self) -> None:
+        for task, rows in zip(self.tasks, self.encoded, strict=True):
+            cut = rows.truncated[rows.truncated > 0]
+            if len(cut):
+                rank_zero_warn(
+                    f"{len(cut)} of {len(rows)} prompts of '{task.name}' lost tokens to data.max_length="
+                    f"{self.max_length} ({np.mean(cut):.0f} each in the mean)"
+                )
 
     def _steps(self, window: int) -> list[int]:
         if self.steps_per_task is not None:

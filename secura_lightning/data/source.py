@@ -84,16 +84,16 @@ class FolderSource(Source):
 
     def holds(self, split: Split) -> bool:
         """Whether there is a file for the split."""
-        return bool(self._files(split))
+        return bool(self.files(split))
 
     def where(self, split: Split) -> str:
         """The split's first file."""
-        files = self._files(split)
+        files = self.files(split)
         return str(files[0] if files else self.folder)
 
     def records(self, split: Split) -> Records:
         """The rows of the split's file, or of its shards one after another."""
-        files = self._files(split)
+        files = self.files(split)
         if not files:
             held = ", ".join(sorted(entry.name for entry in self.folder.iterdir())[:8]) or "nothing"
             raise SecuraError(
@@ -102,7 +102,8 @@ class FolderSource(Source):
             )
         return self.read(files[0]) if len(files) == 1 else [row for file in files for row in self.read(file)]
 
-    def _files(self, split: Split) -> list[Path]:
+    def files(self, split: Split) -> list[Path]:
+        """The files of a split, in order; empty where there is none."""
         if split in self.names:
             return [existing(self.folder / self.names[split])]
         data = [file for file in sorted(self.folder.iterdir()) if file.suffix.lower() in SUFFIXES]

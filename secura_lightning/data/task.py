@@ -23,6 +23,7 @@ class Task(LightningDataModule, ABC):
         max_new_tokens: Longest answer that evaluation generates, in tokens. Ignored where rows have choices.
         separator: Text between prompt and answer.
         seed: Seed of whatever the task draws (generated rows, splits).
+        stop: Texts that end a generated answer and are no part of it, such as a line break; none by default.
 
     Attributes:
         is_text: Rows are whole documents (``answer`` without a prompt), packed into blocks for language modelling.
@@ -31,13 +32,22 @@ class Task(LightningDataModule, ABC):
     is_text = False
     name: str  # LightningDataModule leaves it optional
 
-    def __init__(self, name: str, metric: str, max_new_tokens: int = 32, separator: str = " ", seed: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        metric: str,
+        max_new_tokens: int = 32,
+        separator: str = " ",
+        seed: int = 0,
+        stop: list[str] | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.metric = metric
         self.max_new_tokens = max_new_tokens
         self.separator = separator
         self.seed = seed
+        self.stop = tuple(stop or ())
         self._rows: dict[str, list[Row]] = {}
 
     @abstractmethod

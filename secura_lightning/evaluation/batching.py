@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_lightning.data.rows import Row
@@ -103,20 +104,27 @@ def subset(rows: Sequence[Row], limit: int | None) -> list[Row]:
     return [rows[i] for i in sorted(i for _, _, i in sorted(ranked)[:limit])]
 
 
-def shard(items: Sequence[T]) -> list[T]:
-    """This rank's share: every world_size-th item. No padding, so ranks may differ by one and may be empty."""
-    if not _distributed():
+def shard(items: Sequence[T], model: nn.Module | None = None) -> list[T]:
+    """This rank's share: every world_size-th item. No padding, so ranks may differ by one and may be empty.
+
+    The forward of a ``model`` whose weights are sharded needs all ranks at once: there each rank's share is all items.
+    """
+    if not _distributed() or _sharded(model):
         return list(items)
     return list(items[dist.get_rank() :: dist.get_world_size()])
 
 
-def gather(mine: Sequence[T]) -> list[T]:
+def gather(mine: Sequence[T], model: nn.Module | None = None) -> list[T]:
     """The inverse of :func:`shard` over results: all ranks' items in the original order, on every rank."""
-    if not _distributed():
+    if not _distributed() or _sharded(model):
         return list(mine)
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, list(mine))
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def _sharded(model: nn.Module | None) -> bool:
+    return model is not None and any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _distributed() -> bool:

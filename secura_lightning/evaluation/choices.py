@@ -1,23 +1,45 @@
 """Multiple choice by likelihood: which candidate answer does the model find most probable after the prompt?
 
-    prompts [rows, t] --forward--> KV cache, p(first token)
-                                      |  repeated for each choice
-    choices [pairs, k] --forward------+--> p(other tokens)
+    what all prompts of a batch begin with [1, p] --forward--> KV cache
+                                                                 |  repeated for each row
+    prompts, up to where the choices part [rows, t] --forward----+--> KV cache, p(tokens up to there)
+                                                                 |  repeated for each choice that goes on
+    rest of the choices [pairs, k] --forward---------------------+--> p(other tokens)
 
-Each prompt is read once for all of its choices; where choices are single tokens, the second pass falls away.
+Nothing is read twice: an instruction that all rows share once a batch, a prompt once for all of its choices, and the
+words that all choices begin with once too. Where choices are single tokens, the last pass falls away.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from secura_lightning.data.encode import encode_answer, encode_prompt, pad_id
+from secura_lightning.data.encode import encode_answers, encode_prompts, pad_id
 from secura_lightning.data.rows import Row
 from secura_lightning.evaluation.batching import batches, context_length, evaluating, fit, left_pad
+
+_WORTH = 16  # tokens that prompts must share to be read apart: a forward more is worth some, not few
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A row in tokens.
+
+    Attributes:
+        prompt: The prompt, then what all choices begin with.
+        shared: How many tokens at its end are the choices'.
+        tails: What is left of each choice; empty for a choice that all others go on from.
+    """
+
+    prompt: list[int]
+    shared: int
+    tails: list[list[int]]
 
 
 def choice_likelihoods(
@@ -41,47 +63,119 @@ def choice_likelihoods(
     Returns:
         One list per row, parallel to its choices.
     """
-    room = context_length(model)
-    prompts: list[list[int]] = []
-    answers: list[list[list[int]]] = []
-    for row in rows:
-        encoded = [encode_answer(tokenizer, row.prompt, choice, separator) for choice in row.choices]
-        longest = max(map(len, encoded))
-        prompts.append(fit(tokenizer, encode_prompt(tokenizer, row.prompt), room and max(2, room - longest)))
-        answers.append(encoded)
+    questions = _encode(tokenizer, rows, separator, context_length(model))
     found: list[list[float]] = [[] for _ in rows]
     together = max(1, batch_size // max((len(row.choices) for row in rows), default=1))
     with evaluating(model) as device:
-        for batch in batches([len(ids) for ids in prompts], together):
-            inputs = left_pad([prompts[i] for i in batch], pad_id(tokenizer), device)
-            pairs = [(place, ids) for place, i in enumerate(batch) for ids in answers[i]]
-            for (place, _), total in zip(pairs, _score(model, inputs, pairs).tolist(), strict=True):
-                found[batch[place]].append(total)
+        for batch in batches([len(question.prompt) for question in questions], together):
+            asked = [questions[i] for i in batch]
+            values = iter(_score(model, asked, pad_id(tokenizer), device).tolist())
+            for i, question in zip(batch, asked, strict=True):
+                found[i] = [next(values) for _ in question.tails]
             if progress:
                 progress(len(batch))
     return found
 
 
-def _score(model: PreTrainedModel, prompts: dict[str, Tensor], pairs: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-    """Log-likelihood of each (index of its prompt, choice ids) pair, ``[pairs]``."""
-    device = prompts["input_ids"].device
-    owner = torch.tensor([place for place, _ in pairs], device=device)
-    width = max(len(ids) for _, ids in pairs)
-    # Padding on the right: what follows a choice cannot be seen from it. The id is any; its score is masked out.
-    ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for _, ids in pairs], device=device)  # [pairs, k]
-    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for _, ids in pairs], device=device)
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], separator: str, room: int | None
+) -> list[_Question]:
+    prompts = encode_prompts(tokenizer, [row.prompt for row in rows])
+    pairs = [(row.prompt, choice) for row in rows for choice in row.choices]
+    encoded = iter(encode_answers(tokenizer, pairs, separator))
+    questions = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        choices = [next(encoded) for _ in row.choices]
+        longest = max(map(len, choices))
+        prompt = fit(tokenizer, prompt, room and max(2, room - longest))
+        shared = _common(choices)
+        questions.append(_Question(prompt + choices[0][:shared], shared, [ids[shared:] for ids in choices]))
+    return questions
+
+
+def _common(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with."""
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
+
+
+def _score(model: PreTrainedModel, asked: Sequence[_Question], pad: int, device: torch.device) -> Tensor:
+    """Log-likelihood of each choice of each question, ``[pairs]`` of fp32 on the CPU."""
     cache = DynamicCache(config=model.config)
-    first = model(**prompts, past_key_values=cache, use_cache=width > 1, logits_to_keep=1).logits  # [rows, 1, v]
-    logits = first[owner]  # [pairs, 1, v]
-    if width > 1:
+    logits, seen = _read_prompts(model, asked, cache, pad, device)  # [rows, 1 + shared, v]
+    logprobs = logits.float().log_softmax(-1)
+    pairs = [(place, tail) for place, question in enumerate(asked) for tail in question.tails]
+    owner = torch.tensor([place for place, _ in pairs], device=device)
+    total = _shared_part(logprobs, asked, device)[owner]
+    tails, mask = _right_pad([tail for _, tail in pairs], device)  # [pairs, k]
+    if not tails.shape[1]:
+        return total.cpu()
+    total += logprobs[owner, -1].gather(1, tails[:, :1])[:, 0] * mask[:, 0]
+    longer = torch.tensor([i for i, (_, tail) in enumerate(pairs) if len(tail) > 1], device=device)
+    if len(longer):
+        owner, tails, mask = owner[longer], tails[longer], mask[longer]
         cache.batch_select_indices(owner)
-        places = prompts["position_ids"][owner, -1:] + torch.arange(1, width, device=device)
-        seen = torch.cat([prompts["attention_mask"][owner], mask[:, :-1]], 1)
+        seen = seen[owner]
+        places = seen.sum(1, keepdim=True) + torch.arange(tails.shape[1] - 1, device=device)
         # The last token of a choice predicts nothing that counts, so it is not read.
-        rest = model(ids[:, :-1], attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True)
-        logits = torch.cat([logits, rest.logits], 1)  # [pairs, k, v]
-    chosen = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]  # [pairs, k]
-    return (chosen * mask).sum(1)
+        rest: Tensor = model(
+            tails[:, :-1],
+            attention_mask=torch.cat([seen, mask[:, :-1]], 1),
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        chosen = rest.float().log_softmax(-1).gather(2, tails[:, 1:, None])[..., 0]  # [pairs, k - 1]
+        total[longer] += (chosen * mask[:, 1:]).sum(1)
+    return total.cpu()
+
+
+def _read_prompts(
+    model: PreTrainedModel, asked: Sequence[_Question], cache: Cache, pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Fill the cache with all prompts.
+
+    Returns:
+        Logits from the last token of the plain prompt on ``[rows, 1 + shared, v]``, right-aligned, and the attention
+        mask of what was read, ``[rows, t]``.
+    """
+    keep = 1 + max(question.shared for question in asked)
+    prompts = [question.prompt for question in asked]
+    # At least the tokens whose logits are kept stay behind: the same number of each row then comes from one pass.
+    prefix = min(_common(prompts), min(map(len, prompts)) - keep)
+    # Padding between prefix and prompt would stretch the distance that a sliding window counts.
+    if len(asked) > 1 and prefix >= _WORTH and not any(cache.is_sliding):
+        head = torch.tensor([prompts[0][:prefix]], device=device)
+        model(head, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(asked))
+    else:
+        prefix = 0
+    inputs = left_pad([ids[prefix:] for ids in prompts], pad, device)
+    inputs["attention_mask"] = torch.cat(
+        [inputs["attention_mask"].new_ones(len(asked), prefix), inputs["attention_mask"]], 1
+    )
+    inputs["position_ids"] += prefix
+    logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+    return logits, inputs["attention_mask"]
+
+
+def _shared_part(logprobs: Tensor, asked: Sequence[_Question], device: torch.device) -> Tensor:
+    """Log-likelihood of what all choices of a question begin with, ``[rows]``."""
+    total = logprobs.new_zeros(len(asked))
+    width = logprobs.shape[1] - 1
+    if width:
+        ids = torch.tensor([[*[0] * (width - q.shared), *q.prompt[len(q.prompt) - q.shared :]] for q in asked])
+        counts = torch.tensor([[place >= width - q.shared for place in range(width)] for q in asked])
+        found = logprobs[:, :-1].gather(2, ids.to(device)[..., None])[..., 0]  # [rows, shared]
+        total += (found * counts.to(device)).sum(1)
+    return total
+
+
+def _right_pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[b, k]``: what follows a sequence cannot be seen from it, so its id is any."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in sequences], dtype=torch.long, device=device)
+    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences], dtype=torch.long)
+    return ids, mask.to(device)
 
 
 def pick_choices(

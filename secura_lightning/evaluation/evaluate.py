@@ -2,13 +2,12 @@
 
     rows -> this rank's share -> likelihood of choices | greedy answers -> gathered on all ranks -> metric, interval
 
-Every score comes with what it must be read against: the chance and majority-class values of a classification, and a
-bootstrap interval.
+Every score comes with what it must be read against: the chance and majority-class values of a classification, in its
+own metric (:mod:`secura_lightning.evaluation.baselines`), and a bootstrap interval.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,18 +19,29 @@ from secura_lightning.data.probe import Probe
 from secura_lightning.data.rows import Row
 from secura_lightning.data.task import Split, Task
 from secura_lightning.errors import SecuraError
+from secura_lightning.evaluation.baselines import answers_of, chance, guess, majority
 from secura_lightning.evaluation.batching import gather, shard, subset
 from secura_lightning.evaluation.choices import pick_choices
 from secura_lightning.evaluation.generate import generate
 from secura_lightning.evaluation.perplexity import perplexity_of, token_loss
-from secura_lightning.metrics.text import bootstrap, score
+from secura_lightning.metrics.text import bootstrap, bootstrap_mean, row_score, score
 
 Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """What a model made of one row; enough to recompute its score."""
+    """What a model made of one row; enough to recompute its score.
+
+    Attributes:
+        id: The row's id.
+        kind: Its kind of knowledge; empty outside a probe.
+        prompt: What the model was given.
+        reference: The right answer.
+        prediction: The model's.
+        score: The row's score in 0..1.
+        aliases: Other right answers.
+    """
 
     id: str
     kind: str
@@ -39,6 +49,7 @@ class RowResult:
     reference: str
     prediction: str
     score: float
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,7 @@ class ProbeScore:
         n: Rows scored.
         tokens: Tokens that the perplexity is weighted by.
         chance: Accuracy of guessing, mean over kinds; rows without choices count 0. None without rows.
+        interval: 95 % bootstrap interval of ``accuracy``, rows drawn within their kind; None without rows.
         rows: One result per row.
     """
 
@@ -99,6 +111,7 @@ class ProbeScore:
     n: int
     tokens: int
     chance: float | None
+    interval: tuple[float, float] | None = None
     rows: list[RowResult] = field(default_factory=list, repr=False)
 
 
@@ -138,12 +151,14 @@ def evaluate_task(
     if task.is_text:
         ppl, tokens = _perplexity(model, tokenizer, [row.answer for row in rows], batch_size, progress)
         return TaskScore(name, "1/perplexity", 1 / ppl if tokens else float("nan"), len(rows))
-    predictions = _answer(model, tokenizer, rows, task.separator, task.max_new_tokens, batch_size, normalise, progress)
-    references = [row.answer for row in rows]
-    value, scores = score(task.metric, predictions, references)
+    answering = Answering(task.separator, task.max_new_tokens, task.stop, batch_size, normalise, progress)
+    predictions = _answer(model, tokenizer, rows, answering)
+    references = [answers_of(row) for row in rows]
+    value, scores = score(task.metric, predictions, references, [row.prompt for row in rows])
     interval = bootstrap(task.metric, predictions, references, scores)
     results = _results(rows, predictions, scores)
-    return TaskScore(name, task.metric, value, len(rows), interval, chance(rows), majority(rows), results)
+    guesses = chance(rows, task.metric), majority(rows, task.metric)
+    return TaskScore(name, task.metric, value, len(rows), interval, *guesses, results)
 
 
 def evaluate_probe(
@@ -175,18 +190,17 @@ def evaluate_probe(
     texts = [row.answer for row in subset([Row(str(i), "", text) for i, text in enumerate(probe.texts())], limit)]
     if not rows and not texts:
         raise SecuraError(f"data.probe: '{probe.name}' has neither rows nor texts")
-    predictions = _answer(
-        model, tokenizer, rows, probe.separator, probe.max_new_tokens, batch_size, normalise, progress
-    )
-    # Likelihood picks one of the choices as it stands; a generated answer is compared leniently.
+    answering = Answering(probe.separator, probe.max_new_tokens, probe.stop, batch_size, normalise, progress)
+    predictions = _answer(model, tokenizer, rows, answering)
     scores = [
-        score("accuracy" if row.choices else "exact", [prediction], [row.answer])[0]
+        row_score(probe.metric(row), prediction, answers_of(row), row.prompt)
         for row, prediction in zip(rows, predictions, strict=True)
     ]
     kinds = {kind: [i for i, row in enumerate(rows) if row.kind == kind] for kind in sorted({row.kind for row in rows})}
     accuracies = {kind: float(np.mean([scores[i] for i in members])) for kind, members in kinds.items()}
-    guesses = [float(np.mean([_guess(rows[i]) for i in members])) for members in kinds.values()]
-    ppl, tokens = _perplexity(model, tokenizer, texts, batch_size, progress)
+    guesses = [float(np.mean([guess(rows[i]) for i in members])) for members in kinds.values()]
+    interval = bootstrap_mean([[scores[i] for i in members] for members in kinds.values()]) if kinds else None
+    ppl, tokens = _perplexity(model, tokenizer, texts, batch_size, progress, probe.window, probe.stride)
     return ProbeScore(
         probe=probe.name,
         kinds=accuracies,
@@ -195,59 +209,51 @@ def evaluate_probe(
         n=len(rows),
         tokens=tokens,
         chance=float(np.mean(guesses)) if guesses else None,
+        interval=interval,
         rows=_results(rows, predictions, scores),
     )
 
 
-def chance(rows: Sequence[Row]) -> float | None:
-    """Expected accuracy of guessing evenly among each row's choices; None where a row has none."""
-    if not rows or not all(row.choices for row in rows):
-        return None
-    return float(np.mean([_guess(row) for row in rows]))
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """How rows are answered.
 
-
-def _guess(row: Row) -> float:
-    return row.choices.count(row.answer) / len(row.choices) if row.choices else 0.0
-
-
-def majority(rows: Sequence[Row]) -> float | None:
-    """Accuracy of always giving the most frequent class; None where a row has no choices.
-
-    The class is the answer where all rows share their choices (labels), else the answer's place among them.
+    Attributes:
+        separator: Text between prompt and answer.
+        max_new_tokens: Longest generated answer, in tokens.
+        stop: Texts that end a generated answer and are no part of it.
+        batch_size: Sequences computed together.
+        normalise: Divide the likelihood of choices by their length.
+        progress: Called with the number of rows done.
     """
-    if not rows or not all(row.choices for row in rows):
-        return None
-    labels = len({frozenset(row.choices) for row in rows}) == 1
-    classes = [row.answer if labels else row.choices.index(row.answer) for row in rows]
-    return Counter(classes).most_common(1)[0][1] / len(rows)
+
+    separator: str
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    batch_size: int
+    normalise: bool
+    progress: Progress | None
 
 
 def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    separator: str,
-    max_new_tokens: int,
-    batch_size: int,
-    normalise: bool,
-    progress: Progress | None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], how: Answering
 ) -> list[str]:
     """One answer per row, in order; each rank works on its share."""
-    mine = shard(rows)
+    mine = shard(rows, model)
     answers = [""] * len(mine)
     closed = [i for i, row in enumerate(mine) if row.choices]
     if closed:
         questions = [mine[i] for i in closed]
-        picked = pick_choices(model, tokenizer, questions, separator, normalise, batch_size, progress)
+        picked = pick_choices(model, tokenizer, questions, how.separator, how.normalise, how.batch_size, how.progress)
         for i, text in zip(closed, picked, strict=True):
             answers[i] = text
     free = [i for i, row in enumerate(mine) if not row.choices]
     if free:
         prompts = [mine[i].prompt for i in free]
-        texts = generate(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
+        texts = generate(model, tokenizer, prompts, how.max_new_tokens, how.batch_size, how.progress, how.stop)
         for i, text in zip(free, texts, strict=True):
             answers[i] = text
-    return gather(answers)
+    return gather(answers, model)
 
 
 def _perplexity(
@@ -256,10 +262,12 @@ def _perplexity(
     texts: Sequence[str],
     batch_size: int,
     progress: Progress | None,
+    window: int | None = None,
+    stride: int | None = None,
 ) -> tuple[float, int]:
-    mine = shard(texts)
+    mine = shard(texts, model)
     # One pair per rank, summed in rank order everywhere: all ranks hold the same value to the last bit.
-    sums = gather([token_loss(model, tokenizer, mine, batch_size)])
+    sums = gather([token_loss(model, tokenizer, mine, batch_size, window, stride)], model)
     if progress:
         progress(len(mine))
     return perplexity_of(sum(loss for loss, _ in sums), sum(tokens for _, tokens in sums))
@@ -267,6 +275,6 @@ def _perplexity(
 
 def _results(rows: Sequence[Row], predictions: Sequence[str], scores: Sequence[float]) -> list[RowResult]:
     return [
-        RowResult(row.id, row.kind, row.prompt, row.answer, prediction, value)
+        RowResult(row.id, row.kind, row.prompt, row.answer, prediction, value, row.aliases)
         for row, prediction, value in zip(rows, predictions, scores, strict=True)
     ]

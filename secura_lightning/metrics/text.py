@@ -3,33 +3,37 @@
 Two levels, because the field reports both:
 
 * a *row* score for every prediction (:data:`METRICS`), saved beside it so that any score can be recomputed;
-* the *task* score (:func:`score`): the mean of the rows, except where the field reports a corpus-level value (BLEU,
-  chrF), which is computed from summed n-gram counts.
+* the *task* score (:func:`score`): the mean of the rows, except for the metrics of
+  :data:`~secura_lightning.metrics.corpus.CORPUS`, which are computed from summed counts.
 
-ROUGE goes through torchmetrics. BLEU and chrF follow sacrebleu instead: torchmetrics' chrF takes 60 ms for a sentence
-of 30 words (here 1 ms) and gives a perfect sentence of fewer than six characters less than 1; its BLEU gives a perfect
-sentence of fewer than four words 0.
+A row with several right answers scores the best of them (SARI takes all at once).
+
+ROUGE goes through torchmetrics; BLEU and chrF follow sacrebleu (see :mod:`secura_lightning.metrics.corpus`).
 """
 
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from secura_lightning.errors import ConfigError
+from secura_lightning.metrics.corpus import CORPUS, bleu, chrf
+from secura_lightning.metrics.edit import edit_similarity
+from secura_lightning.metrics.simplification import sari
 
-Array = NDArray[np.float64]
+References = Sequence[str] | Sequence[Sequence[str]]
+"""One right answer a row, or several."""
 
 # A sign counts only where it does not join two numbers; commas only as thousands separators.
 _NUMBER = re.compile(r"(?:(?<![\w.)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+")
 _QUOTES = "\"'`\u2018\u2019\u201c\u201d\u00ab\u00bb"
-_CHRF_ORDER, _CHRF_BETA = 6, 2.0
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def extract_number(text: str) -> Decimal | None:
@@ -62,6 +66,17 @@ def exact(prediction: str, reference: str) -> float:
     return float(normalise(prediction) == normalise(reference))
 
 
+def squad_exact(prediction: str, reference: str) -> float:
+    """1 when the texts are equal as SQuAD compares them: no case, punctuation, articles or extra white space.
+
+    The exact match that TriviaQA, NQ-open and WebQuestions report, and torchmetrics' ``squad`` computes.
+    """
+    ours, theirs = (
+        " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()) for text in (prediction, reference)
+    )
+    return float(ours == theirs)
+
+
 def accuracy(prediction: str, reference: str) -> float:
     """1 when the chosen label is the reference, white space around it aside."""
     return float(prediction.strip() == reference.strip())
@@ -85,70 +100,22 @@ def rouge_l(prediction: str, reference: str) -> float:
     return _rouge("rougeL", prediction, reference)
 
 
-def _chrf_counts(prediction: str, reference: str) -> Array:
-    """Character n-gram counts ``[3, 6]``: of the prediction, of the reference, in common; white space removed."""
-    counts = np.zeros((3, _CHRF_ORDER))
-    texts = ["".join(text.split()) for text in (prediction, reference)]
-    for n in range(1, _CHRF_ORDER + 1):
-        ours, theirs = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in texts)
-        # As in sacrebleu, an order that the reference does not reach says nothing about the prediction.
-        counts[:, n - 1] = ours.total() if theirs else 0, theirs.total(), (ours & theirs).total()
-    return counts
-
-
-def _chrf_from(counts: Array) -> float:
-    """ChrF2 of summed counts ``[3, 6]``: F_2 of precision and recall averaged over the orders that both texts reach."""
-    ours, theirs, common = counts.reshape(3, _CHRF_ORDER)
-    reached = (ours > 0) & (theirs > 0)
-    if not reached.any() or not common.any():
-        return 0.0
-    precision = float((common[reached] / ours[reached]).mean())
-    recall = float((common[reached] / theirs[reached]).mean())
-    return (1 + _CHRF_BETA**2) * precision * recall / (_CHRF_BETA**2 * precision + recall)
-
-
-def chrf(prediction: str, reference: str) -> float:
-    """Sentence-level chrF2 (six character orders, no word orders), as sacrebleu computes it, in 0..1."""
-    return _chrf_from(_chrf_counts(prediction, reference))
-
-
-def _bleu_counts(prediction: str, reference: str) -> Array:
-    """BLEU's counts ``[10]``: matches and totals of the four orders, length of prediction and of reference."""
-    from sacrebleu.metrics import BLEU
-
-    found = BLEU(effective_order=True).sentence_score(prediction, [reference])
-    return np.array([*found.counts, *found.totals, found.sys_len, found.ref_len], dtype=np.float64)
-
-
-def _bleu_from(counts: Array, effective_order: bool = False) -> float:
-    """BLEU of summed counts ``[10]``, exponential smoothing."""
-    from sacrebleu.metrics import BLEU
-
-    whole = [int(count) for count in counts]
-    found = BLEU.compute_bleu(whole[:4], whole[4:8], whole[8], whole[9], "exp", effective_order=effective_order)
-    return found.score / 100
-
-
-def bleu(prediction: str, reference: str) -> float:
-    """Sentence-level BLEU as sacrebleu computes it (13a tokens, effective order, exponential smoothing), in 0..1."""
-    return _bleu_from(_bleu_counts(prediction, reference), effective_order=True)
-
-
-METRICS: dict[str, Callable[[str, str], float]] = {
+METRICS: dict[str, Callable[..., float]] = {
     "numeric": numeric,
     "exact": exact,
+    "squad_exact": squad_exact,
     "accuracy": accuracy,
+    "macro_f1": accuracy,  # of one row; the task's value is computed from all
     "rouge1": rouge1,
     "rougeL": rouge_l,
     "chrf": chrf,
     "bleu": bleu,
+    "edit_similarity": edit_similarity,
+    "sari": sari,
 }
-"""Row scores by the name that a task's ``metric`` takes."""
+"""Row scores by the name that a task's ``metric`` takes: of a prediction and a reference (and, for SARI, a source)."""
 
-_CORPUS: dict[str, tuple[Callable[[str, str], Array], Callable[[Array], float]]] = {
-    "chrf": (_chrf_counts, _chrf_from),
-    "bleu": (_bleu_counts, _bleu_from),
-}
+_WITH_SOURCE = ("sari",)
 
 
 def check_metric(metric: str) -> None:
@@ -161,37 +128,57 @@ def check_metric(metric: str) -> None:
         raise ConfigError(f"metric: {metric!r} is unknown; choose one of {', '.join(METRICS)}")
 
 
-def score(metric: str, predictions: Sequence[str], references: Sequence[str]) -> tuple[float, list[float]]:
+def row_score(metric: str, prediction: str, references: str | Sequence[str], source: str = "") -> float:
+    """Score of one prediction in 0..1.
+
+    Args:
+        metric: Key of :data:`METRICS`.
+        prediction: The text.
+        references: The right answer, or all of them.
+        source: What the model was given; only SARI reads it.
+    """
+    if metric in _WITH_SOURCE:
+        return METRICS[metric](prediction, references, source)
+    return max(METRICS[metric](prediction, reference) for reference in _several(references))
+
+
+def score(
+    metric: str, predictions: Sequence[str], references: References, sources: Sequence[str] | None = None
+) -> tuple[float, list[float]]:
     """Score a task's predictions.
 
     Args:
         metric: Key of :data:`METRICS`.
         predictions: One text a row.
-        references: One text a row, in the same order.
+        references: One or several right answers a row, in the same order.
+        sources: What the model was given, one text a row; needed by SARI alone.
 
     Returns:
-        The task's value (corpus-level for BLEU and chrF, else the mean) and the row scores, all in 0..1. NaN and an
-        empty list without rows.
+        The task's value (corpus-level for macro-F1, BLEU and chrF, else the mean) and the row scores, all in 0..1. NaN
+        and an empty list without rows.
 
     Raises:
         ConfigError: The metric is unknown.
-        ValueError: The two sequences differ in length.
+        ValueError: The sequences differ in length, or SARI is given no sources.
     """
     check_metric(metric)
-    rows = [METRICS[metric](ours, wanted) for ours, wanted in zip(predictions, references, strict=True)]
+    if sources is None:
+        if metric in _WITH_SOURCE:
+            raise ValueError(f"{metric} compares with what the model was given: pass sources")
+        sources = [""] * len(predictions)
+    rows = [row_score(metric, *row) for row in zip(predictions, references, sources, strict=True)]
     if not rows:
         return float("nan"), rows
-    if metric not in _CORPUS:
+    if metric not in CORPUS:
         return float(np.mean(rows)), rows
-    count, compute = _CORPUS[metric]
-    total = np.sum([count(ours, wanted) for ours, wanted in zip(predictions, references, strict=True)], axis=0)
-    return compute(total), rows
+    counts = CORPUS[metric].counts(predictions, _closest(metric, predictions, references))
+    return CORPUS[metric].value(counts.sum(axis=0)), rows
 
 
 def bootstrap(
     metric: str,
     predictions: Sequence[str],
-    references: Sequence[str],
+    references: References,
     rows: Sequence[float],
     level: float = 0.95,
     resamples: int = 1000,
@@ -202,7 +189,7 @@ def bootstrap(
     Args:
         metric: Key of :data:`METRICS`.
         predictions: One text a row.
-        references: One text a row.
+        references: One or several right answers a row.
         rows: Their row scores, from :func:`score`.
         level: Share of the resampled values that the interval covers.
         resamples: How many resamples; 1000 settle the third decimal's neighbourhood.
@@ -211,16 +198,51 @@ def bootstrap(
     Returns:
         Lower and upper end; both NaN without rows.
     """
-    if not rows:
+    if metric not in CORPUS or not rows:
+        return bootstrap_mean([rows], level, resamples, seed)
+    counts = CORPUS[metric].counts(predictions, _closest(metric, predictions, references))  # [n, k]
+    drawn = _draws(len(rows), resamples, np.random.default_rng(seed)) @ counts
+    return _ends(np.array([CORPUS[metric].value(total) for total in drawn]), level)
+
+
+def bootstrap_mean(
+    groups: Sequence[Sequence[float]], level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over groups of each group's mean; rows are drawn within their group.
+
+    Args:
+        groups: Row scores, one sequence per group (kinds of knowledge); the mean of all rows is one group.
+        level: Share of the resampled values that the interval covers.
+        resamples: How many resamples.
+        seed: Seed of the draws; global random state is neither read nor moved.
+
+    Returns:
+        Lower and upper end; both NaN without rows.
+    """
+    if not groups or not all(groups):
         return float("nan"), float("nan")
-    n = len(rows)
-    # Drawing rows with replacement is drawing how often each row counts.
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, n]
-    if metric in _CORPUS:
-        count, compute = _CORPUS[metric]
-        counts = np.stack([count(p, r).ravel() for p, r in zip(predictions, references, strict=True)])  # [n, k]
-        values = np.array([compute(total) for total in weights @ counts])
-    else:
-        values = weights @ np.asarray(rows, dtype=np.float64) / n
+    rng = np.random.default_rng(seed)
+    means = [_draws(len(rows), resamples, rng) @ np.asarray(rows, dtype=np.float64) / len(rows) for rows in groups]
+    return _ends(np.mean(means, axis=0), level)
+
+
+def _draws(n: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each of ``n`` rows is drawn in each resample ``[resamples, n]``."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=resamples)
+
+
+def _ends(values: np.ndarray, level: float) -> tuple[float, float]:
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _several(references: str | Sequence[str]) -> Sequence[str]:
+    return [references] if isinstance(references, str) else references
+
+
+def _closest(metric: str, predictions: Sequence[str], references: References) -> list[str]:
+    """The right answer that each prediction scores best with, for metrics that count one a row."""
+    return [
+        max(_several(answers), key=lambda answer: METRICS[metric](prediction, answer))
+        for prediction, answers in zip(predictions, references, strict=True)
+    ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from lightning.pytorch import Trainer
 
 from secura_lightning.cli import fit
@@ -36,7 +37,29 @@ def test_every_configuration_is_accepted(config: Path, monkeypatch: pytest.Monke
             assert len(task.dataset.revision) == 40  # type: ignore[union-attr]
     if model.spec.base.count("/") == 1 and not model.spec.base.startswith("models/"):
         assert len(model.spec.revision) == 40
+    if config.stem.startswith(("gemma", "llama", "qwen")):
         assert [task.name for task in data.tasks] == ["gsm8k", "cnn_dailymail", "news_de", "logiqa"]
+
+
+def test_orders_of_the_standard_benchmark_are_the_published_ones() -> None:
+    orders = {}
+    for path in CONFIGS:
+        if path.stem.startswith("standard_cl_order"):
+            tasks = yaml.safe_load(path.read_text())["data"]["tasks"]
+            orders[int(path.stem[-1])] = [task["init_args"]["dataset"] for task in tasks]
+    # Wang et al., arXiv 2310.14152, appendix
+    assert orders[1] == ["dbpedia", "amazon", "yahoo", "agnews"]
+    assert orders[2] == ["dbpedia", "amazon", "agnews", "yahoo"]
+    assert orders[3] == ["yahoo", "amazon", "agnews", "dbpedia"]
+    assert " ".join(orders[4]) == (
+        "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo"
+    )
+    assert orders[5][:5] == ["MultiRC", "BoolQA", "WiC", "MNLI", "CB"]
+    assert orders[5][-5:] == ["dbpedia", "agnews", "yelp", "amazon", "yahoo"]
+    assert orders[6][:4] == ["yelp", "amazon", "MNLI", "CB"]
+    assert orders[6][-3:] == ["MultiRC", "BoolQA", "WiC"]
+    assert set(orders[4]) == set(orders[5]) == set(orders[6])
+    assert all(len(set(orders[n])) == 15 for n in (4, 5, 6))
 
 
 TABLE = """

@@ -2,97 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from secura_lightning.data.benchmark import BenchmarkTask
 from secura_lightning.data.rows import Row
 from secura_lightning.data.tasks.gsm8k import GSM8K
 from secura_lightning.data.tasks.logiqa import LogiQA
 from secura_lightning.data.tasks.standard_cl import StandardCL
 from secura_lightning.data.tasks.table import TableTask
 from secura_lightning.errors import SecuraError
-from secura_lightning.metrics.text import METRICS
-from tests.data.layouts import FOMC, SCIENCE, SUMS, TEXTS, cnn, gsm8k, logiqa, news, put, standard, table, trace
-
-Make = Callable[..., BenchmarkTask]
-ABCD = ("A", "B", "C", "D")
-CATS = "All cats sleep. Tom is a cat."
-CAT_OPTIONS = "A. Tom barks.\nB. Tom sleeps.\nC. Tom reads.\nD. Cats read."
-GOLDEN: list[tuple[str, Make, dict[str, Any], str, str, tuple[str, ...], str]] = [
-    (
-        "gsm8k", gsm8k, {},
-        "Question: Ann has 1 pens and buys 1 more. How many?\nAnswer:",
-        "She has 1+1=<<1+1=2>>2 pens.\n#### 2", (), "numeric",
-    ),
-    (
-        "gsm8k number", gsm8k, {"answer_only": True, "template": "{question} ="},
-        "Ann has 1 pens and buys 1 more. How many? =", "2", (), "numeric",
-    ),
-    (
-        "cnn", cnn, {}, "Article: The old bridge fell. Nobody was hurt.\n\nHighlights:",
-        "Bridge falls .\nNo one hurt .", (), "rougeL",
-    ),
-    (
-        "cnn lead", cnn, {"max_words": 4}, "Article: The old bridge fell.\n\nHighlights:",
-        "Bridge falls .\nNo one hurt .", (), "rougeL",
-    ),
-    (
-        "en-de", news, {}, "Translate from English to German.\nEnglish: Good day.\nGerman:", "Guten Tag.", (), "chrf",
-    ),
-    (
-        "de-en", news, {"direction": "de-en", "metric": "bleu"},
-        "Translate from German to English.\nGerman: Guten Tag.\nEnglish:", "Good day.", (), "bleu",
-    ),
-    (
-        "logiqa", logiqa, {}, f"Passage: {CATS}\nQuestion: Which one must be true?\n{CAT_OPTIONS}\nAnswer:",
-        "B", ABCD, "accuracy",
-    ),
-    (
-        "logiqa text", logiqa, {"answers": "text", "template": "{context} {question}"},
-        f"{CATS} Which one must be true?", "Tom sleeps.",
-        ("Tom barks.", "Tom sleeps.", "Tom reads.", "Cats read."), "accuracy",
-    ),
-    ("FOMC", trace("FOMC", FOMC, "B"), {}, FOMC, "B", ("A", "B", "C"), "accuracy"),
-    ("C-STANCE", trace("C-STANCE", "态度:", "C"), {}, "态度:", "C", ("A", "B", "C"), "accuracy"),
-    ("ScienceQA", trace("ScienceQA", SCIENCE, "B\nIce is hard."), {}, SCIENCE, "B\nIce is hard.", (), "accuracy"),
-    (
-        "ScienceQA letter", trace("ScienceQA", SCIENCE, "B\nIce is hard."), {"reasons": False},
-        SCIENCE, "B", ("A", "B"), "accuracy",
-    ),
-    ("MeetingBank", trace("MeetingBank", "Minutes: x\nSummary:", "It passed."), {},
-     "Minutes: x\nSummary:", "It passed.", (), "rougeL"),
-    ("20Minuten", trace("20Minuten", "Vereinfache: x\n", "Einfach."), {}, "Vereinfache: x", "Einfach.", (), "rougeL"),
-    ("Py150", trace("Py150", "<s> import os <EOL>", "x = 1"), {}, "<s> import os <EOL>", "x = 1", (), "chrf"),
-    ("NumGLUE-cm", trace("NumGLUE-cm", "1 + 1 =", "2"), {}, "1 + 1 =", "2", (), "numeric"),
-    ("NumGLUE-ds", trace("NumGLUE-ds", "1 + 2 =", "3"), {}, "1 + 2 =", "3", (), "numeric"),
-    (
-        "agnews", standard, {},
-        "Title: A win\nText: The team won 3-0.\n"
-        "What is the topic of this text? Options: World, Sports, Business\nAnswer:",
-        "Sports", ("World", "Sports", "Business"), "accuracy",
-    ),
-    ("table", table, {}, "Up, or down?\nA. up\nB. down\nAnswer:", "down", ("up", "down"), "accuracy"),
-    (
-        "table free", table,
-        {"template": "{q}", "answer": "{A}/{B}", "choices": None, "answer_is": "text", "metric": "exact"},
-        "Up, or down?", "up/down", (), "exact",
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("make", "changes", "prompt", "answer", "choices", "metric"), [case[1:] for case in GOLDEN],
-                         ids=[case[0] for case in GOLDEN])  # fmt: skip
-def test_first_training_row_is_rendered_exactly(
-    tmp_path: Path, make: Make, changes: dict[str, Any], prompt: str, answer: str, choices: tuple[str, ...], metric: str
-) -> None:
-    task = make(tmp_path, **({"n_validation": 0} | changes))
-    assert task.rows("train")[0] == Row("train/1", prompt, answer, choices)
-    assert task.metric == metric
-    assert metric in METRICS
+from tests.data.layouts import SCIENCE, SUMS, TEXTS, gsm8k, logiqa, news, put, trace
 
 
 def test_science_reasons_are_trained_on_but_not_scored(tmp_path: Path) -> None:

@@ -45,6 +45,29 @@ def test_single_token_choices_need_one_forward(model: LlamaForCausalLM, tokenize
     np.testing.assert_allclose(found[1], [float(scores[tokenizer(c)["input_ids"][0]]) for c in "abc"], rtol=1e-5)
 
 
+def test_what_rows_and_choices_begin_with_is_read_once(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    instruction = "Answer with one of the words below"
+    rows = [
+        Row("0", f"{instruction}: red?", "a rose", ("a rose", "a sky", "a")),
+        Row("1", f"{instruction}, is it up or down?", "go up", ("go up", "go down")),
+        Row("2", instruction, "yes", ("yes", "no")),
+    ]
+    shapes = []
+    model.model.register_forward_hook(
+        lambda module, args, kwargs, output: shapes.append(tuple(output[0].shape[:2])), with_kwargs=True
+    )
+    found = choice_likelihoods(model, tokenizer, rows)
+    # The instruction but for the tokens whose logits are needed; the rows behind it; the choices' other tokens.
+    assert shapes[0] == (1, len(instruction) + 1 - len(" go "))
+    assert shapes[1] == (3, len(", is it up or down?") + len(" go ") + len(" go "))
+    assert shapes[2][1] == len(" rose") - 1
+    model.model._forward_hooks.clear()
+    for row, values in zip(rows, found, strict=True):
+        np.testing.assert_allclose(values, [by_hand(model, tokenizer, row, c) for c in row.choices], rtol=1e-5)
+
+
 def test_sliding_window_and_soft_capping_are_respected(tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(0)
     config = Gemma2Config(

@@ -1,5 +1,7 @@
+import json
 import math
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,11 +9,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from secura_lightning.callbacks import report
 from secura_lightning.data.rows import Row
 from secura_lightning.errors import SecuraError
-from secura_lightning.evaluation.evaluate import chance, evaluate_probe, evaluate_task, majority
+from secura_lightning.evaluation.baselines import chance, majority
+from secura_lightning.evaluation.evaluate import evaluate_probe, evaluate_task
 from secura_lightning.evaluation.perplexity import perplexity
-from secura_lightning.metrics.text import METRICS
+from secura_lightning.metrics.text import METRICS, row_score, score
 from tests.evaluation.tiny import ListProbe, ListTask, byte_tokenizer, chain_llama, tiny_llama
 
 # The model answers "go" to anything that ends in "?", nothing to the rest.
@@ -50,6 +54,37 @@ def test_scores_can_be_recomputed_from_the_rows(model: LlamaForCausalLM, tokeniz
     assert [row.id for row in found.rows] == [row.id for row in rows]
     for row in found.rows:
         assert row.score == METRICS["chrf"](row.prediction, row.reference)
+
+
+@pytest.mark.parametrize("metric", list(METRICS))
+def test_every_score_can_be_recomputed_from_the_saved_predictions(
+    metric: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = [Row(str(i), f"say {i}", "abc" if i % 2 else "go", aliases=("a go",) * (i % 3)) for i in range(6)]
+    found = evaluate_task(model, tokenizer, ListTask("noise", rows, metric, max_new_tokens=5))
+    report.save_predictions(found.rows, tmp_path / "rows.jsonl")
+    saved = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    answers = [[row["reference"], *row["aliases"]] for row in saved]
+    for row, right in zip(saved, answers, strict=True):
+        assert row["score"] == row_score(metric, row["prediction"], right, row["prompt"])
+    predictions, sources = ([row[key] for row in saved] for key in ("prediction", "prompt"))
+    assert found.value == score(metric, predictions, answers, sources)[0]
+    assert found.interval is not None
+    assert found.interval[0] <= found.value + 1e-9
+    assert found.interval[1] >= found.value - 1e-9 or metric in ("bleu", "chrf", "macro_f1")
+
+
+def test_any_of_a_rows_right_answers_counts(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [Row("0", "a?", "stay", aliases=("Go.", "run")), Row("1", "b?", "stay")]
+    found = evaluate_task(chain_llama(TALKS), tokenizer, ListTask("talk", rows))
+    assert [row.score for row in found.rows] == [1, 0]
+    assert found.rows[0].aliases == ("Go.", "run")
+
+
+def test_stop_texts_end_an_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = ListTask("talk", FREE)
+    task.stop = ("o",)
+    assert [row.prediction for row in evaluate_task(chain_llama(TALKS), tokenizer, task).rows] == ["g", "g", "", "g"]
 
 
 def test_limit_scores_the_same_rows_every_time(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -112,6 +147,29 @@ def test_majority_class_is_the_label_where_labels_are_shared() -> None:
     assert chance(places) == pytest.approx((0.5 + 0.25 + 0.5) / 3)
     assert chance([*places, Row("3", "p", "x")]) is None
     assert majority([]) is None
+
+
+def test_baselines_are_given_in_the_metric_of_the_task() -> None:
+    answers = ["a"] * 6 + ["b"] * 3 + ["c"]
+    rows = [Row(str(i), "p", answer, ("a", "b", "c")) for i, answer in enumerate(answers)]
+    assert majority(rows) == 0.6
+    assert majority(rows, "macro_f1") == pytest.approx((2 * 6 / (10 + 6) + 0 + 0) / 3)  # by hand: F1 of a, b, c
+    assert chance(rows) == pytest.approx(1 / 3)
+    by_hand = [2 * (n / 3) / (10 / 3 + n) for n in (6, 3, 1)]
+    assert chance(rows, "macro_f1") == pytest.approx(sum(by_hand) / 3)
+
+
+def test_probe_gives_the_interval_of_its_accuracy(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [Row(str(i), "a?", answer, kind=kind) for i, (answer, kind) in enumerate(
+        [("go", "sure")] * 3 + [("go", "mixed"), ("no", "mixed"), ("no", "mixed"), ("no", "mixed")]
+    )]  # fmt: skip
+    found = evaluate_probe(chain_llama(TALKS), tokenizer, ListProbe(rows))
+    assert found.accuracy == pytest.approx((1 + 0.25) / 2)
+    assert found.interval is not None
+    low, high = found.interval
+    assert low == 0.5  # nothing of "mixed", all of "sure"
+    assert found.accuracy < high < 1
+    assert evaluate_probe(chain_llama(TALKS), tokenizer, ListProbe([], ["text"])).interval is None
 
 
 def _scores() -> tuple[list[object], float]:

@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from secura_lightning.data.encode import encode_prompt
+from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.generate import generate
 from tests.evaluation.tiny import chain_llama, tiny_llama
 
@@ -15,6 +16,18 @@ def test_stops_at_end_of_sequence_and_strips_it(tokenizer: PreTrainedTokenizerFa
     model = chain_llama({"a": " ", " ": "b", "b": "c", "x": "x"})
     answers = generate(model, tokenizer, ["say a", "no", "x", "b"], max_new_tokens=5)
     assert answers == ["bc", "", "xxxxx", "c"]
+
+
+def test_stops_at_a_stop_string_and_leaves_it_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = chain_llama({"a": "b", "b": "c", "c": "d", "d": "a"})  # for ever
+    read = []
+    model.register_forward_hook(lambda module, args, output: read.append(output.logits.shape[0]))
+    answers = generate(model, tokenizer, ["a", "c", "b"], max_new_tokens=20, stop=["cd", "x"])
+    assert answers == ["b", "dab", ""]
+    assert len(read) == 5  # the longest answer with its stop string; nothing is generated after it
+    assert generate(model, tokenizer, ["x"], max_new_tokens=3, stop=["cd"]) == [""]
+    with pytest.raises(ConfigError, match="stop string is empty"):
+        generate(model, tokenizer, ["a"], max_new_tokens=3, stop=[""])
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 64])

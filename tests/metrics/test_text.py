@@ -112,8 +112,82 @@ def test_bleu_equals_sacrebleu(pairs: tuple[list[str], list[str]]) -> None:
 @pytest.mark.parametrize("metric", list(text.METRICS))
 def test_every_metric_gives_one_to_the_reference_and_zero_to_nothing(metric: str) -> None:
     references = ["The answer is 12.", "Ja", "42"]
-    assert text.score(metric, references, references) == (pytest.approx(1.0), pytest.approx([1.0, 1.0, 1.0]))
-    assert text.score(metric, ["", "", ""], references)[0] == 0
+    sources = ["12 is the long answer.", "Jawohl", "About 42"]
+    found = text.score(metric, references, references, sources)
+    assert found == (pytest.approx(1.0), pytest.approx([1.0, 1.0, 1.0]))
+    if metric != "sari":  # deleting everything deletes what had to go, too
+        assert text.score(metric, ["", "", ""], references)[0] == 0
+
+
+@pytest.mark.parametrize("metric", [name for name in text.METRICS if name != "sari"])
+def test_the_best_of_several_right_answers_counts(metric: str) -> None:
+    answers = [["one two three four", "12 13 14 15 16"], ["Ja mein Herr gut", "Yes my good lord"]]
+    value, rows = text.score(metric, ["12 13 14 15 16", "Yes my good lord"], answers)
+    assert rows == pytest.approx([1.0, 1.0])
+    assert value == pytest.approx(1.0)
+    assert text.bootstrap(metric, ["12 13 14 15 16", "Yes my good lord"], answers, rows)[1] == pytest.approx(1.0)
+
+
+def test_squad_exact_match_equals_torchmetrics() -> None:
+    from torchmetrics.functional.text import squad
+
+    draw = random.Random(1)
+    words = ["The", "a", "an", "Theatre", "U.S.", "1,000", "co-op", "\u00c4pfel", "(x)", "anger", ""]
+    equal = 0
+    for _ in range(300):
+        answers = [" ".join(draw.choices(words, k=draw.randint(1, 3))) for _ in range(3)]
+        guess = draw.choice([answers[0].upper(), answers[1].replace(".", ""), " ".join(draw.choices(words, k=2))])
+        target = [{"id": "0", "answers": {"text": answers, "answer_start": [0] * 3}}]
+        wanted = squad([{"id": "0", "prediction_text": guess}], target)["exact_match"]
+        assert text.row_score("squad_exact", guess, answers) == float(wanted) / 100
+        equal += int(wanted > 0)
+    assert 30 < equal < 270
+
+
+def test_macro_f1_equals_scikit_learn_and_torchmetrics() -> None:
+    import torch
+    from sklearn.metrics import f1_score
+    from torchmetrics.functional.classification import multiclass_f1_score
+
+    draw = random.Random(4)
+    labels = ["dovish", "hawkish", "neutral", "rare"]
+    references = draw.choices(labels, [5, 3, 2, 0], k=120)
+    predictions = [label if draw.random() < 0.6 else draw.choice([*labels[:3], "rare", "junk"]) for label in references]
+    value, rows = text.score("macro_f1", predictions, references)
+    assert value == pytest.approx(f1_score(references, predictions, labels=sorted(set(references)), average="macro"))
+    assert rows == [float(ours == wanted) for ours, wanted in zip(predictions, references, strict=True)]
+    known = [guess if guess in labels[:3] else labels[0] for guess in predictions]
+    ours, theirs = (torch.tensor([labels.index(label) for label in side]) for side in (known, references))
+    assert text.score("macro_f1", known, references)[0] == pytest.approx(
+        float(multiclass_f1_score(ours, theirs, num_classes=3, average="macro"))
+    )
+
+
+def test_bootstrap_of_macro_f1_resamples_rows() -> None:
+    references = ["a", "a", "a", "b", "b", "c"] * 5
+    predictions = ["a", "b", "a", "b", "a", "c"] * 5
+    value, rows = text.score("macro_f1", predictions, references)
+    low, high = text.bootstrap("macro_f1", predictions, references, rows, resamples=50, seed=2)
+    values = []
+    for weights in np.random.default_rng(2).multinomial(30, [1 / 30] * 30, size=50):
+        drawn = np.repeat(np.arange(30), weights)
+        values.append(text.score("macro_f1", [predictions[i] for i in drawn], [references[i] for i in drawn])[0])
+    assert low < value < high
+    np.testing.assert_allclose([low, high], np.quantile(values, [0.025, 0.975]), atol=1e-12)
+
+
+def test_bootstrap_over_groups_weighs_kinds_not_rows() -> None:
+    many, few = [1.0] * 400, [0.0, 1.0, 0.0, 0.0]
+    low, high = text.bootstrap_mean([many, few])
+    assert low == pytest.approx(0.5)
+    assert 0.75 <= high <= 1.0
+    assert np.isnan(text.bootstrap_mean([])[0])
+    assert np.isnan(text.bootstrap_mean([[1.0], []])[0])
+
+
+def test_sari_without_sources_is_refused() -> None:
+    with pytest.raises(ValueError, match="pass sources"):
+        text.score("sari", ["a"], ["a"])
 
 
 def test_unknown_metric_and_unequal_lengths_are_refused() -> None:

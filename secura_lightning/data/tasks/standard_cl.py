@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from secura_lightning.data.benchmark import BenchmarkTask
 from secura_lightning.data.read import Record, lookup, parse_json, read_text, text_of
 from secura_lightning.data.rows import Row
-from secura_lightning.data.source import Records
+from secura_lightning.data.source import Records, Source
 from secura_lightning.data.task import Split
 from secura_lightning.errors import SecuraError
 
-_SENTIMENT = "What is the sentiment of this text?"
-_TOPIC = "What is the topic of this text?"
+# What is asked about each of the 15 datasets, and the folder that holds it in the benchmark's own layout.
 _QUESTIONS = {
-    "agnews": _TOPIC,
-    "amazon": _SENTIMENT,
-    "dbpedia": _TOPIC,
-    "yahoo": _TOPIC,
-    "yelp": _SENTIMENT,
-    "imdb": _SENTIMENT,
-    "sst-2": _SENTIMENT,
+    "TC": "What is the topic of this text?",
+    "SC": "What is the sentiment of this text?",
+    "NLI": "What is the logical relationship between both sentences?",
+    "QQP": "Do both sentences have the same meaning?",
+    "BoolQA": "Is the answer to the question true or false, by the passage?",
+    "MultiRC": "Is the candidate answer true or false, by the passage?",
+    "WiC": "Is the word used in the same sense in both sentences?",
+    "COPA": "Which option is right?",
+}
+_FAMILIES = {
+    **dict.fromkeys(("agnews", "dbpedia", "yahoo"), "TC"),
+    **dict.fromkeys(("amazon", "yelp", "imdb", "sst-2"), "SC"),
+    **dict.fromkeys(("mnli", "cb", "rte"), "NLI"),
+    **{name.lower(): name for name in ("QQP", "BoolQA", "MultiRC", "WiC", "COPA")},
 }
 
 
 class StandardCL(BenchmarkTask):
     """Text -> one of the dataset's labels, by likelihood.
 
-    Layout: ``<path>/<dataset>/train.json``, ``test.json`` (``dev.json`` where there is one) and ``labels.json``; or
-    ``path`` is the dataset's own folder. The files are lists of ``sentence`` and ``label``, the labels a list of all.
+    Layout: ``<path>/TC/agnews/train.json``, ``test.json`` (``dev.json`` where there is one) and ``labels.json``, as in
+    O-LoRA's repository, or without the family's folder; or ``path`` is the dataset's own folder. The files are lists of
+    ``sentence`` and ``label``, the labels a list of all.
+
+    The 15 datasets: agnews, amazon, dbpedia, yahoo, yelp (the first four make orders 1 to 3), MNLI, CB, RTE, QQP,
+    BoolQA, MultiRC, WiC, COPA, IMDB and SST-2; any other folder of that layout works too.
 
     The text stands before the question and the labels, so that truncation, which takes from the left, spares these.
 
     Args:
         path: The benchmark's folder, or the dataset's.
-        dataset: The dataset's folder name: agnews, amazon, dbpedia, yahoo, yelp, ...
+        dataset: The dataset's folder name.
         name: Name of the task; the dataset's by default.
         question: What is asked about the text; by default what suits the dataset.
         template: The prompt; its fields are ``sentence``, ``question`` and ``labels``.
@@ -55,8 +66,17 @@ class StandardCL(BenchmarkTask):
     ) -> None:
         super().__init__(path=path, name=name or dataset, metric="accuracy", template=template, **kwargs)
         self.subfolder = dataset
-        self.question = question or _QUESTIONS.get(dataset.lower(), "Which label fits this text?")
+        self.family = _FAMILIES.get(dataset.lower())
+        self.question = question or (_QUESTIONS[self.family] if self.family else "Which label fits this text?")
         self.labels: tuple[str, ...] = ()
+
+    @cached_property
+    def source(self) -> Source:
+        """The dataset's folder, with or without its family's above it."""
+        assert self.path is not None
+        if self.family and (Path(self.path).expanduser() / self.family / str(self.subfolder)).is_dir():
+            self.subfolder = f"{self.family}/{self.subfolder}"
+        return super().source
 
     def read_file(self, path: Path) -> Records:
         """The rows of one file, after the labels beside it."""

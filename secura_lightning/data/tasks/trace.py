@@ -25,16 +25,15 @@ class _Kind:
     choices: tuple[str, ...] = ()
 
 
-# TRACE scores Py150 by edit similarity and 20Minuten by SARI; chrF and ROUGE-L are what we have nearest to these.
 _KINDS: dict[str, _Kind] = {
     "C-STANCE": _Kind("accuracy", 4, ("A", "B", "C")),
     "FOMC": _Kind("accuracy", 4, ("A", "B", "C")),
     "MeetingBank": _Kind("rougeL", 256),
-    "Py150": _Kind("chrf", 64),
+    "Py150": _Kind("edit_similarity", 64),
     "ScienceQA": _Kind("accuracy", 4),
     "NumGLUE-cm": _Kind("numeric", 16),
     "NumGLUE-ds": _Kind("numeric", 16),
-    "20Minuten": _Kind("rougeL", 256),
+    "20Minuten": _Kind("sari", 256),
 }
 _OPTION = re.compile(r"^([A-Z])\. ", re.MULTILINE)
 
@@ -46,8 +45,8 @@ class Trace(BenchmarkTask):
     lists of ``prompt`` and ``answer``; the prompt is the benchmark's own.
 
     C-STANCE, FOMC and ScienceQA are answered by a letter and scored by its likelihood; ScienceQA's training answers
-    go on with the reasons (``reasons``), which are not scored. MeetingBank and 20Minuten: ROUGE-L. NumGLUE: the
-    number. Py150: chrF.
+    go on with the reasons (``reasons``), which are not scored. MeetingBank: ROUGE-L. Py150: edit similarity of the
+    next line. NumGLUE: the number (TRACE compares it as text). 20Minuten: SARI, with the prompt as its source.
 
     Args:
         path: TRACE's folder, or the dataset's.
