@@ -2,11 +2,11 @@
 
 Adapters work on any torch model, with or without Lightning::
 
-    from secura_lightning import SECURAConfig, inject
+    from secura_lightning import SECURAConfig, inject, merge
 
     adapters = inject(model, SECURAConfig(targets=["q_proj", "v_proj"]))
     ...  # train the parameters of adapters.trainable_parameters()
-    adapters.merge_()
+    model = merge(adapters)
 
 The names below are loaded on first use, so that importing the package costs nothing.
 """
@@ -33,7 +33,11 @@ _EXPORTS = {
     "SECURAConfig": "secura_lightning.adapters",
     "SequenceDataModule": "secura_lightning.data.sequence",
     "Task": "secura_lightning.data.task",
+    "load_adapters": "secura_lightning.export.saved",
+    "from_pretrained": "secura_lightning.export.saved",
+    "save_adapters": "secura_lightning.export.saved",
     "inject": "secura_lightning.adapters",
+    "merge": "secura_lightning.adapters",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]

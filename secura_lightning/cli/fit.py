@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
@@ -15,13 +16,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import secura_lightning.data.tasks
 import secura_lightning.strategies  # noqa: F401  (makes class names known to the parser)
 from secura_lightning.callbacks.checkpoint import SequenceCheckpoint
+from secura_lightning.callbacks.failures import FailureGuard, is_lost_rank, is_out_of_memory, memory_advice
 from secura_lightning.callbacks.forgetting import ForgettingMonitor
 from secura_lightning.callbacks.progress import SequenceProgressBar
+from secura_lightning.callbacks.telemetry import Telemetry
+from secura_lightning.callbacks.throughput import Throughput
 from secura_lightning.cli.checkpoints import find_checkpoint, read_checkpoint
 from secura_lightning.cli.parsing import OneLineParser
 from secura_lightning.data.sequence import SequenceDataModule
-from secura_lightning.errors import ConfigError
+from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.module import ContinualModule
+from secura_lightning.strategies.base import check_once
 
 # Trainer keys that the sequence decides itself, and what to use instead
 OWNED = {
@@ -31,6 +36,7 @@ OWNED = {
     "overfit_batches": "data.steps_per_task",
     "fast_dev_run": "data.steps_per_task: 2",
 }
+CKPT_HELP = "Resume: `last`, a checkpoint file, or `auto`: the last one where there is one."
 
 
 class FitCLI(LightningCLI):
@@ -40,8 +46,11 @@ class FitCLI(LightningCLI):
         """Add the run's name, where it resumes, and the two callbacks that every run has."""
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the config's file name.")
         parser.add_argument("--save_dir", type=str, default="lightning_logs", help="Folder that holds the runs.")
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Resume: `last`, or a checkpoint file.")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=CKPT_HELP)
         parser.add_lightning_class_args(ForgettingMonitor, "forgetting")
+        parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(FailureGuard, "failures")
+        parser.add_lightning_class_args(Telemetry, "telemetry")
         parser.add_lightning_class_args(SequenceCheckpoint, "checkpoint")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
@@ -57,12 +66,12 @@ class FitCLI(LightningCLI):
         """Build the trainer with the run's logger; a resumed run continues in its own folder."""
         self.resume_from = find_checkpoint(self.config.ckpt_path, self.run_root)
         config = self.config_init["trainer"]
-        for key, instead in OWNED.items():
-            if config.get(key) not in (None, False, 0.0, 1.0, 1):
-                raise ConfigError(f"trainer.{key}: the length of a run is set by its tasks; use {instead}")
-            config.pop(key, None)
+        check_trainer(config)
+        check_precision(config)
         if config.get("logger") in (None, True):
             kwargs["logger"] = self._logger()
+        listed = config.get("callbacks") or []
+        check_once(listed if isinstance(listed, list) else [listed])
         if config.get("enable_progress_bar") is not False:
             self.trainer_defaults = {**self.trainer_defaults, "callbacks": [SequenceProgressBar()]}
         return super().instantiate_trainer(
@@ -83,6 +92,32 @@ class FitCLI(LightningCLI):
                 step = read_checkpoint(self.resume_from)["global_step"] + 1
         return TensorBoardLogger(
             self.config.save_dir, self.run_root.name, version, default_hp_metric=False, purge_step=step
+        )
+
+
+def check_trainer(config: Any) -> None:
+    """Take the keys out of the trainer's settings that the sequence decides itself.
+
+    Raises:
+        ConfigError: One of them is set.
+    """
+    for key, instead in OWNED.items():
+        if config.get(key) not in (None, False, 0.0, 1.0, 1):
+            raise ConfigError(f"trainer.{key}: the length of a run is set by its tasks; use {instead}")
+        config.pop(key, None)
+
+
+def check_precision(config: Any) -> None:
+    """Refuse fp16 on a CPU, where Lightning would silently use another type.
+
+    Raises:
+        ConfigError: It is asked for.
+    """
+    accelerator = config.get("accelerator") or "auto"
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if str(config.get("precision")) in ("16", "16-mixed", "16-true") and (accelerator == "cpu" or not gpu):
+        raise ConfigError(
+            f"trainer.precision: {config.get('precision')} needs a GPU; on a CPU use bf16-mixed, bf16-true or 32-true"
         )
 
 
@@ -123,7 +158,6 @@ def main(args: list[str]) -> int:
         SecuraError: The data, base model or checkpoint is wrong.
     """
     quiet()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the adapters' settings in --help
     try:
         _fit(args)
     except MisconfigurationException as error:  # Lightning's own word on the trainer's keys
@@ -132,7 +166,30 @@ def main(args: list[str]) -> int:
 
 
 def _fit(args: list[str]) -> None:
-    cli = FitCLI(
+    cli = parse(FitCLI, args)
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise SecuraError(memory_advice(cli.trainer, cli.model, cli.datamodule)) from error
+        if is_lost_rank(error):
+            text = str(error).strip().splitlines()
+            raise SecuraError(
+                f"rank {cli.trainer.global_rank}: another process of this run ended or hangs "
+                f"({text[0][:120] if text else type(error).__name__}); its own output says why; continue with "
+                "--ckpt_path last"
+            ) from error
+        raise
+
+
+def parse(cli_class: type[FitCLI], args: list[str]) -> FitCLI:
+    """Parse a configuration and build what it names.
+
+    Raises:
+        ConfigError: The configuration is wrong.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the adapters' settings in --help
+    return cli_class(
         ContinualModule,
         SequenceDataModule,
         args=args,
@@ -144,4 +201,3 @@ def _fit(args: list[str]) -> None:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)

@@ -1,7 +1,17 @@
 """The ``secura`` command: a light front door that imports torch only once a command needs it.
 
 secura fit --config C.yaml      ->  cli.fit.main        train a sequence of tasks
+secura sweep -c grid.yaml       ->  cli.sweep.main      run many of them, some at a time
+secura plan --config C.yaml     ->  cli.plan.main       estimate the memory that it takes
+secura inspect --config C.yaml  ->  cli.inspect.main    show what it would train on
+secura compare RUN...           ->  cli.compare.main    one table over runs
+secura configs ls | cp NAME     ->  cli.configs.main    configurations to start from
+secura dial --ckpt RUN          ->  cli.dial.main       scale a run's change back to a floor on base knowledge
 secura merge --ckpt F --out D   ->  cli.merge.main      write base + change as a Hugging Face folder
+secura export --ckpt F --out D  ->  cli.export.main     write the change alone, for peft or for us
+secura import --peft D --out E  ->  cli.import_peft.main  start from a change made elsewhere
+secura eval --config C.yaml     ->  cli.eval.main       score any model on the configuration's tasks
+secura chat --ckpt F            ->  cli.chat.main       talk to the base and the tuned model
 """
 
 from __future__ import annotations
@@ -17,7 +27,17 @@ from secura_lightning.errors import SecuraError
 # command -> (module with main(argv), one line of help)
 COMMANDS = {
     "fit": ("secura_lightning.cli.fit", "train a sequence of tasks from a YAML configuration, or resume it"),
+    "sweep": ("secura_lightning.cli.sweep", "run many configurations from one file, resumable"),
+    "plan": ("secura_lightning.cli.plan", "estimate the memory of a configuration, from the model's config alone"),
+    "inspect": ("secura_lightning.cli.inspect", "show the rows, lengths, overlap and plan of a configuration"),
+    "compare": ("secura_lightning.cli.compare", "one table over runs: means over seeds, tests, pictures"),
+    "configs": ("secura_lightning.cli.configs", "list the shipped configurations, or copy one"),
+    "dial": ("secura_lightning.cli.dial", "scale a finished run's change back to a floor on base knowledge"),
     "merge": ("secura_lightning.cli.merge", "write a checkpoint's model as a Hugging Face folder"),
+    "export": ("secura_lightning.cli.export", "write a checkpoint's adapter as a PEFT or safetensors folder"),
+    "import": ("secura_lightning.cli.import_peft", "start from an existing PEFT LoRA or DoRA"),
+    "eval": ("secura_lightning.cli.eval", "score a checkpoint, merged folder or any model on a configuration's tasks"),
+    "chat": ("secura_lightning.cli.chat", "talk to the base and the tuned model side by side"),
 }
 
 USAGE = """usage: secura [--version] [--help] COMMAND ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,22 @@ def test_merged_folder_computes_what_the_adapted_model_does(finished: Fit, tmp_p
     with adapters.disabled():
         assert not torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-3)
     assert main(["merge", "--ckpt", str(path), "--out", str(tmp_path / "merged")]) == 1
+
+
+@pytest.mark.slow
+def test_eval_of_the_last_checkpoint_gives_the_last_line(finished: Fit, tmp_path: Path) -> None:
+    config, last = finished.folder / "config.yaml", finished.folder / "checkpoints" / "last.ckpt"
+    assert main(["eval", "--config", str(config), "--ckpt", str(last), "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    names = finished.report["tasks"]
+    assert [found["tasks"][name]["value"] for name in names] == finished.report["matrix"][-1]
+    assert found["base_knowledge"]["perplexity"] == finished.report["base_knowledge"]["perplexity"][-1]
+
+
+def test_card_holds_the_results_up_to_its_checkpoint(finished: Fit, tmp_path: Path) -> None:
+    path = finished.folder / "checkpoints" / "task1-first.ckpt"
+    assert main(["merge", "--ckpt", str(path), "--out", str(tmp_path / "merged")]) == 0
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "\n1 first " in card
+    assert "\n2 second " not in card
+    assert "lr: 0.01" in card

@@ -1,0 +1,1 @@
+"""Take the result away: merged models, PEFT folders, our own adapter folders. Needs neither Lightning nor peft."""
