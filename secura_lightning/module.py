@@ -20,21 +20,28 @@ from secura_lightning._version import __version__
 from secura_lightning.adapters import AdapterConfig, AdapterSet, Fusion, SECURAConfig, describe_adapter, inject
 from secura_lightning.callbacks.tasks import TaskEnd, TaskStart
 from secura_lightning.data.sequence import SequenceDataModule
+from secura_lightning.engine import ShardedStrategy, refuse_strategies
 from secura_lightning.errors import ConfigError, SecuraError
-from secura_lightning.modeling.calibrate import Calibration, SelfCalibration, calibrate
+from secura_lightning.export.saved import start_from
+from secura_lightning.modeling.calibrate import Calibration, SelfCalibration, accumulate, calibrate
 from secura_lightning.modeling.load import (
     BaseSpec,
     ComputeType,
     Init,
     Quantization,
     StorageType,
+    compile_blocks,
+    enable_checkpointing,
     fingerprint,
     load_model,
     load_tokenizer,
+    stored_in,
 )
-from secura_lightning.modeling.loss import summed_cross_entropy
+from secura_lightning.modeling.loss import ChunkedLoss, choose_loss, summed_cross_entropy
+from secura_lightning.modeling.packing import check_packing, packed_inputs
+from secura_lightning.modeling.shard import load_sharded
 from secura_lightning.schedule import Schedule
-from secura_lightning.strategies.base import strategies_of
+from secura_lightning.strategies.base import check_resumed, complete, describe, strategies_of
 
 
 class ContinualModule(LightningModule):
@@ -57,6 +64,11 @@ class ContinualModule(LightningModule):
         seed: Seed of the adapters' initial values.
         calibration: Text that stands for what the model must keep, for adapters that start from it (LoRA-Null); null:
             samples of the base model itself.
+        activation_checkpointing: Compute each block again in backward instead of keeping its activations.
+        chunked_loss: Never hold the logits of all tokens; null: where the vocabulary is large.
+        compile_blocks: Compile each block with torch.compile; the first steps take minutes.
+        start: Adapter folder of ``secura import`` or ``secura export --format safetensors`` whose tensors the adapters
+            start from; the first line of the results is then the base with these.
 
     Raises:
         ConfigError: The adapter uses no calibration.
@@ -82,6 +94,10 @@ class ContinualModule(LightningModule):
         trust_remote_code: bool = False,
         seed: int = 0,
         calibration: Calibration | None = None,
+        activation_checkpointing: bool = False,
+        chunked_loss: bool | None = None,
+        compile_blocks: bool = False,
+        start: str | None = None,
     ) -> None:
         super().__init__()
         self.spec = BaseSpec(
@@ -103,7 +119,12 @@ class ContinualModule(LightningModule):
         self.schedule = schedule
         self.reset_optimizer = reset_optimizer
         self.seed = seed
+        self.activation_checkpointing = activation_checkpointing
+        self.chunked_loss = chunked_loss
+        self.compile_blocks = compile_blocks
+        self.start = start
         self.base_fingerprint = ""
+        self._chunked: ChunkedLoss | None = None
         self._restored_rng: dict[str, Any] | None = None
         # The trained tensors are checked by name when a checkpoint is loaded; Lightning must not expect the base's.
         self.strict_loading = False
@@ -119,17 +140,41 @@ class ContinualModule(LightningModule):
         """Load the base and inject the adapters; Lightning calls this once the devices are known."""
         if hasattr(self, "adapters"):
             return
-        if self.spec.init == "random":
-            torch.manual_seed(self.seed)
-        model = load_model(self.spec)
-        self.base_fingerprint = fingerprint(model)
-        self.adapters = inject(model, self.adapter, self.seed)
-        self.model = model
+        engine = self._trainer.strategy if self._trainer is not None else None
+        if self._trainer is not None:
+            self.spec = stored_in(self.spec, self._trainer.precision)
+        if isinstance(engine, ShardedStrategy):
+            refuse_strategies(strategies_of(self.trainer))
+            self.model, self.adapters, self.base_fingerprint = load_sharded(
+                self.spec, self.adapter, self.seed, engine.mesh, engine.root_device
+            )
+        else:
+            if self.spec.init == "random":
+                torch.manual_seed(self.seed)
+            model = load_model(self.spec)
+            self.base_fingerprint = fingerprint(model)
+            self.adapters = inject(model, self.adapter, self.seed)
+            self.model = model
+        if self.start is not None:
+            start_from(self.adapters, self.start)
+        if self.activation_checkpointing:
+            enable_checkpointing(self.model)
+        if self.compile_blocks:
+            compile_blocks(self.model)
         rank_zero_info(self.adapters.report())
 
+    def to(self, *args: Any, **kwargs: Any) -> ContinualModule:
+        """Move to a device. Types stay: the base has its own, and adapters are fp32 whatever ``trainer.precision``."""
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        return self if device is None else super().to(device)
+
     def configure_callbacks(self) -> list[Callback]:
-        """The callbacks that turn batch positions into task hooks."""
-        return [TaskStart(), TaskEnd()]
+        """The callbacks that turn batch positions into task hooks, and what the run's strategies need beside them.
+
+        Raises:
+            ConfigError: Strategies do not go together.
+        """
+        return [*complete(strategies_of(self.trainer)), TaskStart(), TaskEnd()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the trained tensors alone, with a schedule that restarts at every task."""
@@ -148,25 +193,43 @@ class ContinualModule(LightningModule):
 
     # ---------------------------------------------------------------- training
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Cross-entropy of the answers, normalised by the tokens of the whole window over all ranks."""
-        total = self.answer_loss(batch)
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        """Cross-entropy of the answers, normalised by the tokens of the whole window over all ranks; None, for a step
+        without gradients, while a strategy lets the task pass."""
+        strategies = strategies_of(self.trainer)
+        if any(strategy.skipping for strategy in strategies):
+            return None
+        logits = self.logits(batch) if any(strategy.needs_logits for strategy in strategies) else None
+        total = self.answer_loss(batch) if logits is None else summed_cross_entropy(logits, batch["labels"])
         # Lightning divides by the micro-batches and DDP by the ranks: undo both, the window's count replaces them.
         share = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["window_tokens"]
         loss = total * share
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
-        for strategy in strategies_of(self.trainer):
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
+        self.log("train/padding_efficiency", batch["padding_efficiency"], batch_size=len(batch["input_ids"]))
+        if logits is not None:
+            batch = {**batch, "logits": logits}  # a copy: Lightning keeps the batch itself until the step is over
+        for strategy in strategies:
             loss = strategy.shape_loss(self.trainer, self, loss, batch, batch_idx)
         return loss
 
+    def logits(self, batch: dict[str, Any]) -> Tensor:
+        """The model's logits for a batch, ``[b, t, v]``."""
+        return self.model(**packed_inputs(batch)).logits
+
     def answer_loss(self, batch: dict[str, Any]) -> Tensor:
         """Summed cross-entropy of a batch's trained tokens, a scalar."""
-        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return summed_cross_entropy(output.logits, batch["labels"])
+        if self._chunked is not None:
+            return self._chunked(packed_inputs(batch), batch["labels"])
+        return summed_cross_entropy(self.logits(batch), batch["labels"])
 
     def on_fit_start(self) -> None:
-        """Calibrate what starts from calibration text, unless a checkpoint brought the start (it is loaded by now)."""
+        """Calibrate what starts from calibration text, unless a checkpoint brought the start (it is loaded by now), and
+        make sure that packed rows stay apart."""
         calibrate(self.adapters, self.tokenizer, self.calibration, self.base_fingerprint, self.seed)
+        with self.trainer.precision_plugin.forward_context():
+            self._chunked = choose_loss(self.model, self.chunked_loss)
+        if self._data.packing:
+            check_packing(self.model)
 
     def on_train_start(self) -> None:
         """Put back the random state of the checkpoint, after everything that start-up drew."""
@@ -185,8 +248,10 @@ class ContinualModule(LightningModule):
         self._settle(self.adapters.after_step(self.trainer.global_step))
 
     def on_task_end(self, index: int) -> None:
-        """Let the adapters fuse what the task taught them."""
+        """Let the adapters fuse what the task taught them, and make room for the next one."""
         self._settle(self.adapters.end_task())
+        if index + 1 < len(self._data.tasks):
+            accumulate(self.adapters, self.tokenizer, self._data.tasks[index], self.calibration, self.seed)
 
     def _settle(self, fusion: Fusion) -> None:
         """Forget the moments of tensors that a fusion set back, and log what it did."""
@@ -222,23 +287,26 @@ class ContinualModule(LightningModule):
     def describe(self) -> dict[str, Any]:
         """What a reader of the results needs to know about the model."""
         trained = sum(p.numel() for p in self.adapters.trainable_parameters())
-        return {**self.identity(), "trainable_parameters": trained}
+        started = {} if self.start is None else {"start": self.start}
+        return {**self.identity(), **started, "trainable_parameters": trained}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the tensors are relative to, and the random state of every rank."""
         checkpoint["secura"] = {"version": __version__, **self.identity()}
+        checkpoint["strategies"] = describe(strategies_of(self.trainer))
         checkpoint["rng"] = rng.capture()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base or another adapter.
+        """Refuse a checkpoint of another base, another adapter or other strategies.
 
         Raises:
-            SecuraError: It was not written by this program, or belongs to another base or adapter.
+            SecuraError: It was not written by this program, or belongs to another base, adapter or strategy.
         """
         then = checkpoint.get("secura")
         if not isinstance(then, dict):
             raise SecuraError("--ckpt_path: not a checkpoint of secura_lightning (no adapter identity inside)")
         check_identity(then, self.identity())
+        check_resumed(checkpoint.get("strategies", {}), describe(strategies_of(self.trainer)))
         self._restored_rng = checkpoint.get("rng")
 
 

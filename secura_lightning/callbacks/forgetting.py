@@ -12,17 +12,17 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from secura_lightning.callbacks import report, tensorboard
-from secura_lightning.data.task import Task
+from secura_lightning.data.task import Split, Task
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.evaluate import ProbeScore, TaskScore, evaluate_probe, evaluate_task
 from secura_lightning.metrics.text import check_metric
-from secura_lightning.strategies.base import strategies_of
+from secura_lightning.strategies.base import describe, strategies_of
 
 
 class ForgettingMonitor(Callback):
@@ -35,6 +35,7 @@ class ForgettingMonitor(Callback):
         batch_size: Sequences computed together.
         samples: Generations per task that are shown in TensorBoard.
         normalise: Divide the likelihood of multiple-choice answers by their length.
+        split: Rows of the tasks that are scored: ``validation`` to choose settings by, ``test`` to report.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ForgettingMonitor(Callback):
         batch_size: int = 64,
         samples: int = 2,
         normalise: bool = False,
+        split: Literal["test", "validation"] = "test",
     ) -> None:
         for key, value in (("limit", limit), ("every_n_steps", every_n_steps), ("every_limit", every_limit)):
             if value is not None and value < 1:
@@ -57,6 +59,7 @@ class ForgettingMonitor(Callback):
         self.batch_size = batch_size
         self.samples = samples
         self.normalise = normalise
+        self.split: Split = split
         self.rows: list[report.Measurement] = []  # one per finished evaluation: row 0, then one a task
         self._elapsed = 0.0  # seconds of earlier sessions of this run
         self._started = time.monotonic()
@@ -90,7 +93,8 @@ class ForgettingMonitor(Callback):
         if trainer.is_global_zero:
             probe = _probe(trainer)
             kinds = sorted({row.kind for row in probe.rows()}) if probe else []
-            tensorboard.add_layout(trainer.loggers, _names(trainer), kinds)
+            guarded = any("guard" in strategy.outcome() for strategy in strategies_of(trainer))
+            tensorboard.add_layout(trainer.loggers, _names(trainer), kinds, guarded)
         if not self.rows:
             self._measure(trainer, pl_module, after=0)
 
@@ -163,7 +167,7 @@ class ForgettingMonitor(Callback):
             scores = []
             for task in tasks:
                 bar.set_description(f"Evaluating {task.name}")
-                scores.append(evaluate_task(model, tokenizer, task, "test", limit, **options))
+                scores.append(evaluate_task(model, tokenizer, task, self.split, limit, **options))
             if probe is None:
                 return scores, None
             bar.set_description(f"Evaluating {probe.name}")
@@ -200,13 +204,14 @@ class ForgettingMonitor(Callback):
         return content
 
     def _meta(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        strategies = [type(strategy).__name__ for strategy in strategies_of(trainer)]
         return {
             **pl_module.describe(),  # type: ignore[operator]
-            "strategy": strategies or "SEQ",
+            "strategy": describe(strategies_of(trainer)) or "SEQ",
+            "split": self.split,
             "data": trainer.datamodule.describe(),  # type: ignore[attr-defined]
             **report.environment(),
             "wall_time": round(self._wall_time(), 3),
+            **{key: value for strategy in strategies_of(trainer) for key, value in strategy.outcome().items()},
         }
 
 

@@ -41,7 +41,8 @@ def matrix_of(rows: Sequence[Measurement], n_tasks: int) -> NDArray[np.float64]:
 def base_of(score: ProbeScore) -> dict[str, Any]:
     """What a measurement keeps of a probe's score."""
     kept = ("probe", "kinds", "accuracy", "perplexity", "chance", "n", "tokens")
-    return {key: getattr(score, key) for key in kept}
+    interval = None if score.interval is None else list(score.interval)
+    return {**{key: getattr(score, key) for key in kept}, "interval": interval}
 
 
 def metrics_of(rows: Sequence[Measurement], n_tasks: int) -> dict[str, float | None]:
@@ -68,6 +69,7 @@ def build(rows: Sequence[Measurement], tasks: Sequence[str], meta: dict[str, Any
         base = {
             "probe": probe["probe"],
             "accuracy": [row and row["base"]["accuracy"] for row in ordered],
+            "interval": [row and row["base"].get("interval") for row in ordered],
             "perplexity": [row and row["base"]["perplexity"] for row in ordered],
             "kinds": _by_kind(rows, n),
             **{key: probe[key] for key in ("chance", "n", "tokens")},
@@ -141,13 +143,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The run at a glance: a line per evaluation, the guessing scores, then the metrics."""
+    """The run at a glance: a line per evaluation, the newest one's intervals, the guessing scores, then the metrics."""
     base = report["base_knowledge"]
     lines = [["after", *report["tasks"], *(["base", "ppl"] if base else [])]]
     for t, cells in enumerate(report["matrix"]):
         if report["steps"][t] is not None:
             line = ["(base)" if t == 0 else f"{t} {report['tasks'][t - 1]}", *map(_number, cells)]
             lines.append(line + ([_number(base["accuracy"][t]), _number(base["perplexity"][t], 2)] if base else []))
+    lines += _intervals(report)
     first: dict[str, Any] = next((row for row in report["details"] if row), {})
     for key in ("chance", "majority"):
         values = [cell[key] for cell in first.values()]
@@ -163,6 +166,23 @@ def table(report: dict[str, Any]) -> str:
     metrics = [f"{name} {_number(value)}" for name, value in report["metrics"].items() if value is not None]
     half = (len(metrics) + 1) // 2
     return "\n".join([*text, "", "   ".join(metrics[:half]), "   ".join(metrics[half:])]).rstrip()
+
+
+def _intervals(report: dict[str, Any]) -> list[list[str]]:
+    """Two lines for the table: the lower and the upper end of every score of the newest measurement."""
+    measured = [t for t, row in enumerate(report["details"]) if row]
+    if not measured:
+        return []
+    newest, base = measured[-1], report["base_knowledge"]
+    ends = [cell["interval"] for cell in report["details"][newest].values()]
+    if base:
+        ends += [base["interval"][newest], None]
+    if not any(ends):
+        return []
+    return [
+        [name, *("-" if pair is None else _number(pair[end]) for pair in ends)]
+        for end, name in enumerate(("95 % from", "     to"))
+    ]
 
 
 def _number(value: float | None, digits: int = 3) -> str:

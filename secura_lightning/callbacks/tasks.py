@@ -23,9 +23,12 @@ class TaskStart(Callback):
     """Announces a task before its first batch. It stands first among the callbacks."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Move to the front, so that no other callback sees a batch of a task that has not begun."""
+        """Move to the front, so that no other callback sees a batch of a task that has not begun, with the strategies
+        in their order behind it."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.sort(key=lambda callback: callback is not self)
+        ranks = {id(strategy): place for place, strategy in enumerate(strategies_of(trainer), start=1)}
+        ranks[id(self)] = 0
+        callbacks.sort(key=lambda callback: ranks.get(id(callback), len(ranks)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Dispatch ``on_task_start`` where a task begins; a resumed run is past it and does not repeat it."""

@@ -25,9 +25,12 @@ def log_scalars(loggers: Iterable[Logger], scalars: dict[str, float | None], ste
             logger.log_metrics(defined, step=step)
 
 
-def add_layout(loggers: Iterable[Logger], tasks: Sequence[str], kinds: Sequence[str]) -> None:
-    """Declare the custom-scalar charts: all tasks' curves on one, all kinds of base knowledge on another."""
+def add_layout(loggers: Iterable[Logger], tasks: Sequence[str], kinds: Sequence[str], guarded: bool = False) -> None:
+    """Declare the custom-scalar charts: all tasks' curves on one, all kinds of base knowledge on another; where a guard
+    keeps a promise, retention with its floor on a third."""
     charts = {"tasks": _multiline(f"task/{name}" for name in tasks)}
+    if guarded:
+        charts["retention guard"] = _multiline(["guard/retention", "guard/floor", "guard/scale"])
     if kinds:
         charts["base knowledge"] = _multiline(f"base/{kind}" for kind in [*kinds, "accuracy"])
         charts["base perplexity"] = _multiline(["base/perplexity"])

@@ -16,7 +16,8 @@ import os
 import random
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secura_lightning.adapters import AdapterSet, describe_adapter
+from secura_lightning.adapters import AdapterLayer, AdapterSet, describe_adapter
 from secura_lightning.data.encode import encode_row, encode_text, pad_id
 from secura_lightning.data.read import documents, read_text
 from secura_lightning.data.task import Task
@@ -35,6 +36,7 @@ from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.evaluation.batching import context_length, evaluating
 from secura_lightning.modeling.gram import count_steps, stream_grams
 from secura_lightning.modeling.sample import sample
+from secura_lightning.modeling.shard import is_sharded
 from secura_lightning.seeds import derive_seed
 
 _FORMAT = 1  # of the cache: raise it when the same settings come to mean another start
@@ -42,26 +44,12 @@ CACHE = "~/.cache/secura_lightning/calibration"
 
 
 class Calibration(ABC):
-    """Where calibration text comes from, and how much of it.
+    """Where calibration text comes from: choose one with ``model.calibration.class_path``."""
 
-    Args:
-        samples: Number of sequences.
-        max_length: Most tokens of a sequence.
-        batch_size: Sequences that run together.
-        cache: Folder that keeps the adapters' starts for the next run; null keeps nothing.
-    """
-
-    def __init__(
-        self, samples: int = 256, max_length: int = 256, batch_size: int = 16, cache: str | None = CACHE
-    ) -> None:
-        self.samples = samples
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.cache = cache
-        for key, least in (("samples", 1), ("max_length", 2), ("batch_size", 1)):
-            value = getattr(self, key)
-            if value < least:
-                raise ConfigError(f"model.calibration.{key} is {value}: it must be at least {least}")
+    samples: int
+    max_length: int
+    batch_size: int
+    cache: str | None
 
     @abstractmethod
     def sequences(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[list[int]]:
@@ -89,29 +77,47 @@ class Calibration(ABC):
         return min(self.max_length, context_length(model) or self.max_length)
 
 
-class SelfCalibration(Calibration):
-    """Text that the base model itself says, from a bare prompt: no data needed, and all that it can speak of.
+@dataclass(kw_only=True)
+class SizedCalibration(Calibration):
+    """How much text, which all sources share."""
 
-    Args:
-        samples: Number of sequences.
-        max_length: Most tokens of a sequence.
-        temperature: Of the sampling; 1 gives the model's own distribution.
-        batch_size: Sequences that run together.
-        cache: Folder that keeps the adapters' starts for the next run; null keeps nothing.
-    """
+    samples: int = 256
+    """Number of sequences."""
+    max_length: int = 256
+    """Most tokens of a sequence."""
+    batch_size: int = 16
+    """Sequences that run together."""
+    cache: str | None = CACHE
+    """Folder that keeps the adapters' starts for the next run; null keeps nothing."""
 
-    def __init__(
-        self,
-        samples: int = 256,
-        max_length: int = 256,
-        temperature: float = 1.0,
-        batch_size: int = 16,
-        cache: str | None = CACHE,
-    ) -> None:
-        super().__init__(samples, max_length, batch_size, cache)
-        self.temperature = temperature
-        if temperature <= 0:
-            raise ConfigError(f"model.calibration.temperature is {temperature}: it must be above 0")
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        for key, least in (("samples", 1), ("max_length", 2), ("batch_size", 1)):
+            value = getattr(self, key)
+            if value < least:
+                raise ConfigError(f"model.calibration.{key} is {value}: it must be at least {least}")
+
+
+@dataclass(kw_only=True)
+class SelfCalibration(SizedCalibration):
+    """Text that the base model itself says, from a bare prompt: no data needed, and all that it can speak of."""
+
+    temperature: float = 1.0
+    """Of the sampling; 1 gives the model's own distribution."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ConfigError(f"model.calibration.temperature is {self.temperature}: it must be above 0")
 
     def sequences(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[list[int]]:
         """Samples of the model."""
@@ -132,27 +138,12 @@ class SelfCalibration(Calibration):
         return {**super().settings(), "temperature": self.temperature, "batch_size": self.batch_size}
 
 
-class TextCalibration(Calibration):
-    """Windows of a text file.
+@dataclass
+class TextCalibration(SizedCalibration):
+    """Windows of a text file."""
 
-    Args:
-        path: A UTF-8 text file; ``<|endoftext|>`` or else blank lines separate documents.
-        samples: Number of windows.
-        max_length: Most tokens of a window.
-        batch_size: Windows that run together.
-        cache: Folder that keeps the adapters' starts for the next run; null keeps nothing.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        samples: int = 256,
-        max_length: int = 256,
-        batch_size: int = 16,
-        cache: str | None = CACHE,
-    ) -> None:
-        super().__init__(samples, max_length, batch_size, cache)
-        self.path = path
+    path: str
+    """A UTF-8 text file; `<|endoftext|>` or else blank lines separate documents."""
 
     def sequences(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[list[int]]:
         """Windows drawn from all documents."""
@@ -175,27 +166,12 @@ class TextCalibration(Calibration):
         return found
 
 
-class TaskCalibration(Calibration):
-    """Training rows of a task: prompts with their answers, or documents.
+@dataclass
+class TaskCalibration(SizedCalibration):
+    """Training rows of a task: prompts with their answers, or documents."""
 
-    Args:
-        task: The task, such as questions on what the base model knows.
-        samples: Number of rows.
-        max_length: Most tokens of a row.
-        batch_size: Rows that run together.
-        cache: Folder that keeps the adapters' starts for the next run; null keeps nothing.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        samples: int = 256,
-        max_length: int = 256,
-        batch_size: int = 16,
-        cache: str | None = CACHE,
-    ) -> None:
-        super().__init__(samples, max_length, batch_size, cache)
-        self.task = task
+    task: Task
+    """The task, such as questions on what the base model knows."""
 
     def sequences(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[list[int]]:
         """Encoded rows, drawn from the training split."""
@@ -235,42 +211,101 @@ def calibrate(
     Raises:
         SecuraError: There is no text, or the model cannot be run block by block.
     """
-    waiting = {name: layer for name, layer in adapters.layers.items() if not layer.calibrated}
-    if not waiting:
+    if all(layer.calibrated for layer in adapters.layers.values()):
         return
-    if not _distributed() or dist.get_rank() == 0:
+    if _leads(adapters):
         _take_starts(adapters, tokenizer, calibration, base, seed)
-    if _distributed():
-        for value in adapters.state_dict().values():
-            dist.broadcast(value, src=0)
-        for layer in waiting.values():
-            layer.refresh()
+    _share(adapters)
+
+
+def accumulate(
+    adapters: AdapterSet, tokenizer: PreTrainedTokenizerBase, task: Task, calibration: Calibration, seed: int = 0
+) -> None:
+    """Show a finished task's inputs to adapters that accumulate; nothing for others.
+
+    The inputs are those of the model as it is now, with the adapters' change: what the layers read when they answer the
+    task, and what the next tasks must not answer otherwise. When distributed, as :func:`calibrate`.
+
+    Args:
+        adapters: Adapters in their model, after the task was frozen.
+        tokenizer: The model's tokenizer.
+        task: The task; rows are drawn from its training split.
+        calibration: How many rows, of how many tokens at most.
+        seed: Seed of the draw.
+
+    Raises:
+        SecuraError: There are no rows, or the model cannot be run block by block.
+    """
+    if not adapters.config.accumulates:
+        return
+    if _leads(adapters):
+        rows = TaskCalibration(
+            task=task,
+            samples=calibration.samples,
+            max_length=calibration.max_length,
+            batch_size=calibration.batch_size,
+        )
+        model: Any = adapters.model
+        with evaluating(model):
+            _measure(adapters.layers, model, tokenizer, rows, seed, f"{task.name}: measuring")
+    _share(adapters)
 
 
 def _take_starts(
     adapters: AdapterSet, tokenizer: PreTrainedTokenizerBase, calibration: Calibration, base: str, seed: int
 ) -> None:
     """From the cache, or by measuring."""
-    file = _cache_file(adapters, calibration, base, seed)
+    # Ranks may have caches of their own, and a rank that found its start there would leave the others waiting.
+    file = None if is_sharded(adapters.model) else _cache_file(adapters, calibration, base, seed)
     if file is not None and _load(adapters, file):
         return
     model: Any = adapters.model
     waiting = {name: layer for name, layer in adapters.layers.items() if not layer.calibrated}
     with evaluating(model), adapters.disabled():
-        sequences = calibration.sequences(model, tokenizer, seed)
-        total = count_steps(model, dict(waiting), len(sequences), calibration.batch_size)
-        with tqdm(total=total, desc="calibration: measuring", leave=False, disable=None) as bar:
-            stream_grams(
-                model,
-                dict(waiting),
-                sequences,
-                lambda name, gram: waiting[name].calibrate(gram),
-                calibration.batch_size,
-                pad_id(tokenizer),
-                bar.update,
-            )
+        _measure(waiting, model, tokenizer, calibration, seed, "calibration: measuring")
     if file is not None:
         _save(adapters, file)
+
+
+def _measure(
+    layers: Mapping[str, AdapterLayer],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration,
+    seed: int,
+    title: str,
+) -> None:
+    """Hand every layer the moments of its input over the calibration's text, under a progress bar."""
+    sequences = calibration.sequences(model, tokenizer, seed)
+    steps = count_steps(model, dict(layers), len(sequences), calibration.batch_size)
+    with tqdm(total=steps, desc=title, leave=False, disable=None) as bar:
+        stream_grams(
+            model,
+            dict(layers),
+            sequences,
+            lambda name, gram: layers[name].calibrate(gram),
+            calibration.batch_size,
+            pad_id(tokenizer),
+            bar.update,
+        )
+
+
+def _leads(adapters: AdapterSet) -> bool:
+    """Whether this rank measures: the first does, or all where the forward of a sharded model needs all of them."""
+    return not _distributed() or dist.get_rank() == 0 or is_sharded(adapters.model)
+
+
+def _share(adapters: AdapterSet) -> None:
+    """Give every rank the first one's state."""
+    if not _distributed():
+        return
+    shapes: list[Any] = [{key: value.shape for key, value in adapters.state_dict().items()}]
+    dist.broadcast_object_list(shapes, src=0)
+    adapters.resize(shapes[0])
+    for value in adapters.state_dict().values():
+        dist.broadcast(value, src=0)
+    for layer in adapters.layers.values():
+        layer.refresh()
 
 
 def _cache_file(adapters: AdapterSet, calibration: Calibration, base: str, seed: int) -> Path | None:

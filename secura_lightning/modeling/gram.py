@@ -25,6 +25,8 @@ from secura_lightning.evaluation.batching import batches
 Batch = dict[str, Tensor]
 Take = Callable[[str, Tensor], None]
 
+_PANEL = 512  # rows of G that are computed together: small enough to skip most of the upper triangle
+
 
 class _Stop(Exception):
     """Ends a forward pass early."""
@@ -206,8 +208,9 @@ class _Moments:
         tokens = x[self.mask]  # [n, in]
         # On a GPU fp64 is slow and each batch's sum is short: fp32 within a batch, fp64 over batches.
         tokens = tokens.double() if x.device.type == "cpu" else tokens.float()
-        gram = (tokens.t() @ tokens).double()
-        self.grams[name] = self.grams[name].add_(gram) if name in self.grams else gram
+        if name not in self.grams:
+            self.grams[name] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
+        _add_lower_(self.grams[name], tokens)
 
     def hand_over(self, take: Take) -> None:
         """Give every layer its matrix, and free it.
@@ -222,7 +225,29 @@ class _Moments:
                 "leave them out with model.adapter.exclude"
             )
         for leader in list(self.grams):
-            gram = self.grams.pop(leader)
+            gram = _mirror_(self.grams.pop(leader))
             for name in self.layers:
                 if self.leader[name] == leader:
                     take(name, gram)
+
+
+def _add_lower_(gram: Tensor, tokens: Tensor) -> None:
+    """Add x x^T over ``tokens`` [n, d] to the lower triangle of ``gram`` [d, d], in panels of rows.
+
+    A symmetric matrix needs half the multiplications of a product of two.
+    """
+    for start in range(0, len(gram), _PANEL):
+        stop = min(start + _PANEL, len(gram))
+        panel, out = tokens[:, start:stop].t(), gram[start:stop, :stop]
+        if tokens.dtype == gram.dtype:
+            out.addmm_(panel, tokens[:, :stop])
+        else:
+            out.add_(panel @ tokens[:, :stop])
+
+
+def _mirror_(gram: Tensor) -> Tensor:
+    """Copy the lower triangle to the upper one, in the panels of :func:`_add_lower_`."""
+    for start in range(_PANEL, len(gram), _PANEL):
+        rows = gram[start : start + _PANEL, :start]
+        gram[:start, start : start + _PANEL] = rows.t()
+    return gram

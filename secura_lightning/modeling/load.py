@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from secura_lightning.errors import ConfigError, SecuraError
 
@@ -55,6 +63,12 @@ class BaseSpec:
         return kept
 
 
+def stored_in(spec: BaseSpec, precision: str) -> BaseSpec:
+    """``spec`` with the base stored in the type that a true precision of the trainer names; else as it is."""
+    types: dict[str, StorageType] = {"bf16-true": "bfloat16", "16-true": "float16", "64-true": "float64"}
+    return replace(spec, dtype=types[precision]) if precision in types else spec
+
+
 def resolve(base: str) -> str:
     """The folder of ``pocket`` or of a local model; a hub id comes back as it is.
 
@@ -92,6 +106,20 @@ def load_tokenizer(spec: BaseSpec) -> PreTrainedTokenizerBase:
         raise SecuraError(f"model.base: cannot load the tokenizer of {spec.base}: {_first_line(error)}") from error
 
 
+def load_config(spec: BaseSpec) -> PreTrainedConfig:
+    """The base model's configuration alone.
+
+    Raises:
+        SecuraError: It cannot be found or read.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            resolve(spec.base), revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise SecuraError(f"model.base: cannot load {spec.base}: {_first_line(error)}") from error
+
+
 def load_model(spec: BaseSpec) -> PreTrainedModel:
     """The base model in training mode, with the KV cache off, from safetensors weights only.
 
@@ -108,10 +136,7 @@ def load_model(spec: BaseSpec) -> PreTrainedModel:
         if spec.init == "random":
             if spec.quantization != "none":
                 raise ConfigError("model.init: random weights cannot be quantised; set model.quantization: none")
-            config = AutoConfig.from_pretrained(
-                where, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code
-            )
-            model = AutoModelForCausalLM.from_config(config, **shared)
+            model = AutoModelForCausalLM.from_config(load_config(spec), **shared)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 where,
@@ -146,14 +171,52 @@ def fingerprint(model: torch.nn.Module) -> str:
 
     It reads 64 values a tensor, so that it takes a moment on any size, and tells apart models that differ in training.
     """
+    return combine_prints({name: tensor_print(name, tensor) for name, tensor in model.state_dict().items()})
+
+
+def tensor_print(name: str, tensor: torch.Tensor) -> bytes:
+    """One tensor's part of the :func:`fingerprint`."""
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // _SAMPLES)
+    picked = flat[::step][:_SAMPLES].to(device="cpu", dtype=torch.float64)
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + picked.numpy().tobytes()
+
+
+def combine_prints(prints: Mapping[str, bytes]) -> str:
+    """The :func:`fingerprint` of tensors that were read one by one, by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES)
-        picked = flat[::step][:_SAMPLES].to(device="cpu", dtype=torch.float64)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(picked.numpy().tobytes())
+    for _, part in sorted(prints.items()):
+        digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Keep only each block's input for backward, and compute the block again there.
+
+    Raises:
+        ConfigError: The architecture cannot.
+    """
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"model.activation_checkpointing: {type(model).__name__} does not support it; set it to false"
+        ) from error
+
+
+def blocks_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The repeated blocks of a model by name: the members of its longest list of modules, counted in parameters."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    if not lists:
+        return {}
+    name, longest = max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return {f"{name}.{i}": block for i, block in enumerate(longest)}
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compile each block on its first call; sequences of any length share one compilation."""
+    for block in blocks_of(model).values():
+        block.compile(dynamic=True)
 
 
 def _first_line(error: Exception) -> str:

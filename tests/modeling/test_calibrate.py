@@ -193,7 +193,7 @@ def from_text(
 ) -> TextCalibration:
     path = tmp_path / "text.txt"
     path.write_text(text)
-    return TextCalibration(str(path), **{"max_length": 8, "cache": str(tmp_path / "cache"), **settings})  # type: ignore[arg-type]
+    return TextCalibration(path=str(path), **{"max_length": 8, "cache": str(tmp_path / "cache"), **settings})  # type: ignore[arg-type]
 
 
 def count_measurements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -300,7 +300,7 @@ def test_text_is_cut_into_windows_that_hold_every_token(tmp_path: Path) -> None:
 def test_task_rows_are_prompts_with_answers_or_documents(is_text: bool) -> None:
     task = ListTask("facts", [Row("0", "two plus two is", "four"), Row("1", "", "a document")][is_text:][:1])
     task.is_text = is_text
-    (ids,) = TaskCalibration(task, cache=None).sequences(tiny_llama(), TOKENIZER, 0)
+    (ids,) = TaskCalibration(task=task, cache=None).sequences(tiny_llama(), TOKENIZER, 0)
     assert TOKENIZER.decode(ids) == ("<s>a document</s>" if is_text else "<s>two plus two is four</s>")
 
 
@@ -326,6 +326,6 @@ def test_bad_settings_name_the_key(make, message: str) -> None:  # type: ignore[
 @pytest.mark.parametrize(("name", "message"), [("none.txt", "none.txt"), ("empty.txt", "holds no text")])
 def test_missing_text_is_one_clear_line(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
-    source: Calibration = TextCalibration(str(tmp_path / name), cache=None)
+    source: Calibration = TextCalibration(path=str(tmp_path / name), cache=None)
     with pytest.raises(SecuraError, match=rf"model\.calibration: .*{message}"):
         calibrate(adapted(), TOKENIZER, source)

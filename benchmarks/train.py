@@ -1,0 +1,328 @@
+"""Whole-model training: tokens per second and peak memory, ours against Hugging Face Trainer + peft.
+
+Run:    OMP_NUM_THREADS=1 python -m benchmarks.train --json train.json
+Quick:  OMP_NUM_THREADS=1 python -m benchmarks.train --quick
+
+The same random Llama, rows in the same batches, rank, AdamW and precision; each side with its own training loop: the
+module, callbacks and data module of `secura fit` under Lightning (no evaluation, no checkpoint), transformers' Trainer
+around peft's model. A step counts from the end of the one before it, so loading and the first step are left out. All
+contenders train once in every round; a ratio is the median of the rounds' ratios. On a CPU with one thread the time is
+this process' CPU time, so that other work on the machine hardly enters.
+
+Peak memory is the growth of a process' resident memory from before the model is built to its largest, each contender in
+a process of its own (``max_memory_allocated`` on a GPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import Trainer as PeerTrainer
+
+from benchmarks._common import Row, Spread, clock, compare, finish, parser, tabulate
+from secura_lightning.adapters import AdapterConfig, LoRAConfig, SECURAConfig
+from secura_lightning.callbacks.failures import FailureGuard
+from secura_lightning.callbacks.throughput import Throughput
+from secura_lightning.data.encode import Encoded, collate
+from secura_lightning.data.rows import Row as DataRow
+from secura_lightning.data.sequence import SequenceDataModule
+from secura_lightning.data.store import EncodedRows
+from secura_lightning.data.task import Split, Task
+from secura_lightning.module import ContinualModule
+from secura_lightning.schedule import Schedule
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QV = ["q_proj", "v_proj"]
+RANK, ALPHA, LR = 8, 16, 1e-4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, and what is trained on."""
+
+    name: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    vocabulary: int
+    kv_heads: int | None = None
+    rows: int = 4
+    length: int = 128
+    dtype: str = "float32"
+
+    def save(self, folder: Path) -> None:
+        """Write the model with random weights, and a tokenizer that is never asked anything."""
+        config = LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads or self.heads,
+            vocab_size=self.vocabulary,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+        )
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(getattr(torch, self.dtype)).save_pretrained(folder)
+
+
+QUICK = Shape("Llama of 3M parameters on a CPU, fp32", 128, 344, 4, 4, 8192, length=64)
+CPU = Shape("Llama of 50M parameters on a CPU, fp32", 512, 1408, 8, 8, 24000)
+GPU = Shape("Llama-3.1-8B's shape with 8 layers, bf16", 4096, 14336, 8, 32, 128256, 8, 4, 1024, "bfloat16")
+
+
+class Rows(Task):
+    """Random token rows, encoded already."""
+
+    def __init__(self, shape: Shape, number: int) -> None:
+        super().__init__(name="rows", metric="exact")
+        generator = torch.Generator().manual_seed(1)
+        high = min(shape.vocabulary, 8000)
+        ids = torch.randint(3, high, (number, shape.length), generator=generator)
+        self.encoded = [Encoded(row.tolist(), 1) for row in ids]
+
+    def load(self, split: Split) -> list[DataRow]:
+        """Not asked: the rows are encoded."""
+        return []
+
+
+class Steps:
+    """The time of each step but the first, on this process' clock."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        timer = clock(device)
+        self.now: Callable[[], float] = time.process_time if timer.__name__ == "cpu_seconds" else time.perf_counter
+        self.marks: list[float] = []
+
+    def mark(self) -> None:
+        """A step is over."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.marks.append(self.now())
+
+    @property
+    def seconds(self) -> float:
+        """Mean of the steps after the first."""
+        return (self.marks[-1] - self.marks[0]) / (len(self.marks) - 1)
+
+
+class Mark(Callback):
+    """Marks Lightning's steps; it stands behind all others."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """A step is over."""
+        self.steps.mark()
+
+
+class PeerMark(TrainerCallback):
+    """Marks the peer's steps."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """A step is over."""
+        self.steps.mark()
+
+
+class InOrder(PeerTrainer):
+    """Takes the rows in the order in which they come."""
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return SequentialSampler(self.train_dataset)
+
+
+def ours(folder: Path, shape: Shape, adapter: AdapterConfig, number: int, device: str) -> Steps:
+    """Train with this package."""
+    steps = Steps(device)
+    task = Rows(shape, shape.rows * number)
+    data = SequenceDataModule([task], batch_size=shape.rows, max_length=shape.length, steps_per_task=number)
+    module = ContinualModule(
+        base=str(folder),
+        adapter=adapter,
+        dtype=shape.dtype,  # type: ignore[arg-type]
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0),
+        schedule=Schedule(kind="constant", warmup=0.0),
+    )
+    module.__dict__["tokenizer"] = _NoTokenizer()
+    data.encoded = [EncodedRows.of(task.encoded)]
+    data.plan = _plan(number)
+    data.prepare_data = lambda: None  # type: ignore[method-assign]
+    trainer = Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        max_epochs=1,
+        callbacks=[Throughput(), FailureGuard(), Mark(steps)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        precision="bf16-mixed" if shape.dtype == "bfloat16" else "32-true",
+    )
+    trainer.fit(module, data)
+    return steps
+
+
+class _NoTokenizer:
+    pad_token_id = 0
+
+
+def _plan(number: int) -> Any:
+    from secura_lightning.data.batches import SequencePlan
+
+    return SequencePlan([number])
+
+
+def peer(folder: Path, shape: Shape, targets: list[str], number: int, device: str) -> Steps:
+    """Train with transformers' Trainer around peft's LoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    steps = Steps(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, shape.dtype))
+    model.config.use_cache = False
+    wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"))
+    with tempfile.TemporaryDirectory() as out:
+        arguments = TrainingArguments(
+            output_dir=out,
+            per_device_train_batch_size=shape.rows,
+            max_steps=number,
+            learning_rate=LR,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            optim="adamw_torch",
+            bf16=shape.dtype == "bfloat16",
+            use_cpu=device == "cpu",
+            logging_steps=10,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = InOrder(
+            model=wrapped,
+            args=arguments,
+            train_dataset=Rows(shape, shape.rows * number).encoded,  # type: ignore[arg-type]
+            data_collator=lambda rows: collate(rows, 0),
+            callbacks=[PeerMark(steps)],
+        )
+        trainer.train()
+    return steps
+
+
+def secura(targets: list[str]) -> AdapterConfig:
+    """SECURA with its default norm, on matrices of its default size."""
+    return SECURAConfig(targets=targets, norm="element")
+
+
+def lora(targets: list[str]) -> AdapterConfig:
+    """LoRA of the peer's rank."""
+    return LoRAConfig(rank=RANK, alpha=ALPHA, targets=targets)
+
+
+CONTENDERS: dict[str, Callable[[Path, Shape, int, str], Steps]] = {
+    "ours, LoRA": lambda folder, shape, n, device: ours(folder, shape, lora(LINEARS), n, device),
+    "HF + peft, LoRA": lambda folder, shape, n, device: peer(folder, shape, LINEARS, n, device),
+    "ours, SECURA element": lambda folder, shape, n, device: ours(folder, shape, secura(LINEARS), n, device),
+    "ours, LoRA q v": lambda folder, shape, n, device: ours(folder, shape, lora(QV), n, device),
+    "ours, SECURA element q v": lambda folder, shape, n, device: ours(folder, shape, secura(QV), n, device),
+}
+# ours, what it is compared with, least ratio of tokens a second
+TARGETS = [
+    ("ours, LoRA", "HF + peft, LoRA", 1.1),
+    ("ours, SECURA element", "ours, LoRA", 0.7),
+    ("ours, SECURA element q v", "ours, LoRA q v", 0.9),
+]
+
+
+def quiet() -> None:
+    """Nothing but the tables."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def times(folder: Path, shape: Shape, number: int, rounds: int, device: str) -> list[Row]:
+    """Tokens a second of every contender, in turn."""
+    found: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    names = list(CONTENDERS)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            with contextlib.redirect_stdout(sys.stderr):
+                seconds = CONTENDERS[name](folder, shape, number, device).seconds
+            found[name].append(shape.rows * shape.length / seconds)
+    tabulate({name: Spread.of(values) for name, values in found.items()}, "tokens a second")
+    rows = []
+    for one, other, least in TARGETS:
+        ratio = statistics.median(a / b for a, b in zip(found[one], found[other], strict=True))
+        values = [statistics.median(found[name]) for name in (one, other)]
+        rows.append(Row(f"{one}, tokens/s", values[0], other, values[1], ratio, f">= {least:.2f}", ratio >= least))
+    return rows
+
+
+def peak(folder: Path, shape: Shape, name: str, number: int, device: str) -> float:
+    """MiB that one contender's training adds to this process."""
+    import resource
+
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    with contextlib.redirect_stdout(sys.stderr):
+        CONTENDERS[name](folder, shape, number, device)
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+
+
+def memory(folder: Path, kind: str, names: list[str]) -> dict[str, float]:
+    """:func:`peak` of contenders, each in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.train", "--folder", str(folder), "--kind", kind, "--peak"]
+    return {name: float(subprocess.run([*command, name], check=True, stdout=subprocess.PIPE).stdout) for name in names}
+
+
+def main() -> None:
+    """Measure, compare, print."""
+    options = parser(__doc__ or "")
+    options.add_argument("--rounds", type=int, help="rounds that count (3; 1 with --quick)")
+    options.add_argument("--steps", type=int, default=4, help="steps of a training, the first of which is left out")
+    options.add_argument("--peak", metavar="NAME", help="print the peak memory of one contender (used by itself)")
+    options.add_argument("--folder", type=Path, help="model folder of --peak")
+    options.add_argument("--kind", help="shape of --peak")
+    chosen = options.parse_args()
+    quiet()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = chosen.kind or ("quick" if chosen.quick else "gpu" if device == "cuda" else "cpu")
+    shape = {"quick": QUICK, "cpu": CPU, "gpu": GPU}[kind]
+    if chosen.peak:
+        print(peak(chosen.folder, shape, chosen.peak, 2, device))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shape.save(folder)
+        rows = times(folder, shape, chosen.steps, chosen.rounds or (1 if chosen.quick else 3), device)
+        one, other = "ours, LoRA", "HF + peft, LoRA"
+        peaks = memory(folder, kind, [one, other])
+        rows.append(compare(f"{one}, peak MiB", peaks[one], other, peaks[other], 1.0))
+    finish(rows, chosen.json, f"Training, {shape.name}")
+
+
+if __name__ == "__main__":
+    main()

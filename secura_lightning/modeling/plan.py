@@ -1,0 +1,375 @@
+"""How much memory a run takes, from the model's config alone: nothing is loaded, nothing is computed.
+
+The model is built of fake tensors, which have shapes and types but no memory. Its adapters are shaped after small real
+ones: an adapter is built on a matrix whose sides are two primes, and each side of its tensors that is one of the primes
+stands for that side. Then one forward pass of the fake model tells what autograd keeps.
+
+    device = base weights + adapters + gradients + optimizer + what backward needs + logits
+
+Not counted: the kernels' work space, what the allocator loses to fragments, and the CUDA context (about 0.5 GB).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from secura_lightning.adapters import AdapterConfig, AdapterLayer
+from secura_lightning.adapters.numerics import is_conv1d, is_linear, linear_shape, module_generator
+from secura_lightning.adapters.targets import match_targets
+from secura_lightning.modeling.load import BaseSpec, blocks_of, load_config
+from secura_lightning.modeling.loss import CHUNK_LOGITS
+
+# Sides of the small matrices. Primes that no setting is likely to have; the large ones for large ranks.
+_SIDES = ((499, 503), (1999, 2003))
+_SMALL = 1 << 18  # weights up to this size are built as they are
+_STATE_ROWS = (128, 256)  # of 128 weights each, of the parameters that an optimizer's state is measured on
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, and numbers of weights in the whole model.
+
+    Attributes:
+        parameters: Weights of the base.
+        trainable: Trained weights.
+        weights: Bytes of the base, or of this device's share and the largest gathered part of it.
+        adapters: Bytes of trained weights and of what adapters keep beside them.
+        gradients: Bytes of the trained weights' gradients.
+        optimizer: Bytes of the optimizer's state.
+        buffers: Bytes of the base's buffers.
+        activations: Bytes that backward needs, the logits aside.
+        logits: Bytes at the peak of the loss.
+    """
+
+    parameters: int
+    trainable: int
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on one device."""
+        parts = ("weights", "adapters", "gradients", "optimizer", "buffers", "activations", "logits")
+        return sum(getattr(self, part) for part in parts)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a run does with the model.
+
+    Attributes:
+        rows: Rows of a micro-batch.
+        length: Tokens of a row.
+        autocast: Type of products under mixed precision, or None.
+        checkpointing: Whether blocks are computed again in backward.
+        chunked: Whether the logits are never held whole.
+        shards: Devices that the base is spread over; 1 where each has all of it.
+    """
+
+    rows: int
+    length: int
+    autocast: torch.dtype | None = None
+    checkpointing: bool = False
+    chunked: bool = False
+    shards: int = 1
+
+
+def estimate(
+    spec: BaseSpec,
+    config: AdapterConfig,
+    shape: Shape,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+) -> Memory:
+    """Estimate one device's memory at the peak of a training step.
+
+    Args:
+        spec: The base.
+        config: The adapter.
+        shape: Rows, lengths and what saves memory.
+        optimizer: Makes the optimizer.
+
+    Raises:
+        ConfigError: The adapter does not fit the model.
+        SecuraError: The model's configuration cannot be read.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = fake_model(spec)
+        parameters = sum(p.numel() for p in model.parameters())
+        weights = _weight_bytes(model, spec, shape.shards)
+        buffers = _bytes(model.buffers())
+        layers = fake_adapters(model, config)
+        trained = list({id(p): p for layer in layers.values() for p in _own(layer.parameters(), layer.base)}.values())
+        kept = _bytes(b for layer in layers.values() for b in _own(layer.buffers(), layer.base))
+        activations, width = _activations(model, shape)
+    state = optimizer_bytes(optimizer)
+    trainable = sum(p.numel() for p in trained)
+    return Memory(
+        parameters=parameters,
+        trainable=trainable,
+        weights=weights,
+        adapters=_bytes(trained) + kept,
+        gradients=_bytes(trained),
+        optimizer=round(sum(state(p) for p in trained)),
+        buffers=buffers,
+        activations=activations,
+        logits=_logit_bytes(model, shape, width),
+    )
+
+
+def fake_model(spec: BaseSpec) -> PreTrainedModel:
+    """The model without memory; call it, and use it, within a ``FakeTensorMode``."""
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "dtype": getattr(torch, spec.dtype)}
+    if spec.quantization != "none":  # packed weights are multiplied in their compute type
+        options["dtype"] = getattr(torch, spec.compute_dtype)
+    if spec.attn_implementation is not None and "flash" not in spec.attn_implementation:
+        options["attn_implementation"] = spec.attn_implementation  # SDPA keeps what FlashAttention keeps
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(load_config(spec), **options)
+    model.tie_weights()
+    model.config.use_cache = False
+    return cast(PreTrainedModel, model.train())
+
+
+# --------------------------------------------------------------------- adapters
+
+
+def fake_adapters(model: nn.Module, config: AdapterConfig) -> dict[str, AdapterLayer]:
+    """What :func:`~secura_lightning.adapters.inject` would put into a fake model, with tensors as fake as its own."""
+    targets = match_targets(model, config)
+    config.check_model(model, targets)
+    made: dict[tuple[Any, ...], AdapterLayer] = {}
+    layers: dict[str, AdapterLayer] = {}
+    clones: dict[int, nn.Parameter] = {}
+    for name, base in targets.items():
+        if is_linear(base):
+            differences: Callable[[str], Any] = getattr(config, "differences", lambda _: {})
+            differs = differences(name)
+            key = (type(base), linear_shape(base), base.bias is None, repr(differs))
+            if key not in made:
+                made[key] = _shaped(name, base, config)
+            layer = _another(made[key])
+            layer._modules["base"] = base
+        else:
+            layer = config.build_at(name, base, module_generator(0, name))
+        layer.share_clones(clones)
+        layers[name] = layer
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return layers
+
+
+def _shaped(name: str, base: nn.Module, config: AdapterConfig) -> AdapterLayer:
+    """An adapter of ``base``'s shape without memory, and without ``base``."""
+    rows, columns = linear_shape(base)
+    sizes = [v for v in vars(config).values() if isinstance(v, int)]
+    sides = (rows, columns)
+    if rows * columns > _SMALL:
+        sides = next((s for s in _SIDES if not sizes or max(sizes) < s[0] // 2), (rows, columns))
+    with _real_tensors():
+        generator = torch.Generator().manual_seed(0)
+        small = type(base)(sides[0], sides[1]) if is_conv1d(base) else nn.Linear(sides[1], sides[0])
+        with torch.no_grad():
+            cast(Tensor, small.weight).normal_(generator=generator)
+        if base.bias is None:
+            small.bias = None
+        small.to(cast(Tensor, base.weight).dtype)
+        layer = config.build_at(name, small, module_generator(0, name))
+    layer._modules["base"] = nn.Identity()
+    stands_for = {sides[0]: rows, sides[1]: columns}
+    if sides == (rows, columns):
+        stands_for = {}
+    for module in layer.modules():
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for own in tables:
+            for key, value in own.items():
+                if value is not None:
+                    size = [stands_for.get(n, n) for n in value.shape]
+                    fake = torch.empty(size, dtype=value.dtype)
+                    own[key] = nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
+    for key in ("out_features", "in_features"):
+        if key in layer.__dict__:
+            layer.__dict__[key] = stands_for.get(layer.__dict__[key], layer.__dict__[key])
+    return layer
+
+
+def _another(layer: AdapterLayer) -> AdapterLayer:
+    """A layer like ``layer`` with tensors of its own; deepcopy would look for their memory."""
+    twin = copy.copy(layer)
+    twin.__dict__ = dict(layer.__dict__)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[kind] = {key: _fresh(value) for key, value in layer.__dict__[kind].items()}
+    return twin
+
+
+def _fresh(value: Any) -> Any:
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(torch.empty(value.shape, dtype=value.dtype), value.requires_grad)
+    return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _real_tensors() -> Iterator[None]:
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        yield
+
+
+def _own(tensors: Iterable[Tensor], base: nn.Module) -> list[Any]:
+    """The tensors of an adapter that are not its base's."""
+    theirs = {id(t) for t in (*base.parameters(), *base.buffers())}
+    return [t for t in tensors if id(t) not in theirs]
+
+
+def optimizer_bytes(
+    make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+) -> Callable[[Tensor], float]:
+    """Bytes of an optimizer's state for a parameter, from its state on two small ones: ``state(parameter)``."""
+    few, many = (_state_bytes(make, rows) for rows in _STATE_ROWS)
+    per_weight = (many - few) / (128 * (_STATE_ROWS[1] - _STATE_ROWS[0]))
+    fixed = few - per_weight * 128 * _STATE_ROWS[0]  # a step count, a quantisation map
+    return lambda parameter: fixed + per_weight * parameter.numel() * parameter.dtype.itemsize / 4
+
+
+def _state_bytes(make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer], rows: int) -> int:
+    with _real_tensors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = nn.Parameter(torch.zeros(rows, 128))
+        small.grad = torch.zeros_like(small)
+        optimizer = make([small])
+        optimizer.step()
+    return _bytes(value for value in optimizer.state[small].values() if isinstance(value, Tensor))
+
+
+# ------------------------------------------------------------------- activations
+
+
+def _activations(model: PreTrainedModel, shape: Shape) -> tuple[int, int]:
+    """Bytes that backward needs but for the logits, and bytes of a number of the hidden states."""
+    weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    by_block: dict[str, dict[int, int]] = defaultdict(dict)
+    inputs: dict[str, int] = {}
+    where = [""]
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            by_block[where[0]][storage._cdata] = storage.nbytes()
+        return tensor
+
+    blocks = blocks_of(model)
+    twins: dict[str, str] = {}  # a block like an earlier one keeps what that one keeps
+    seen: dict[Any, str] = {}
+    for i, (name, block) in enumerate(blocks.items()):  # gradients begin somewhere in the first one
+        twins[name] = seen.setdefault((i == 0, _signature(block)), name)
+    undo = [_watch(block, name, twins[name] == name, where, inputs) for name, block in blocks.items()]
+    context = torch.autocast("cpu", shape.autocast) if shape.autocast is not None else nullcontext()
+    last: list[Tensor] = []
+    head = cast(nn.Module, model.get_output_embeddings())
+    head_hook = head.register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    try:
+        ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
+        with context, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(input_ids=ids, logits_to_keep=1)  # noqa: F841  (its graph holds what is counted)
+    finally:
+        head_hook.remove()
+        for restore in undo:
+            restore()
+    outside = sum(by_block.pop("", {}).values())
+    sizes = {name: sum(by_block[first].values()) for name, first in twins.items()}
+    if not shape.checkpointing:
+        return outside + sum(sizes.values()), last[0].dtype.itemsize
+    entering = sum(inputs[first] for first in twins.values())
+    return outside + entering + max(sizes.values(), default=0), last[0].dtype.itemsize
+
+
+def _signature(block: nn.Module) -> Any:
+    tensors = [(n, tuple(t.shape), t.dtype) for n, t in [*block.named_parameters(), *block.named_buffers()]]
+    kind = getattr(block, "attention_type", None)
+    return type(block), tuple(tensors), kind
+
+
+def _watch(block: nn.Module, name: str, runs: bool, where: list[str], inputs: dict[str, int]) -> Callable[[], None]:
+    """Note what a block keeps, or leave it out and pass its input on; what undoes that."""
+    own = block.forward
+
+    def watched(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        inputs[name] = hidden.untyped_storage().nbytes()
+        if not runs:
+            return hidden
+        where[0] = name
+        try:
+            return own(hidden, *args, **kwargs)
+        finally:
+            where[0] = ""
+
+    block.__dict__["forward"] = watched
+    return lambda: block.__dict__.pop("forward") and None
+
+
+def _logit_bytes(model: PreTrainedModel, shape: Shape, width: int) -> int:
+    """Bytes at the loss's peak, if every token is trained: logits, their fp32 form, log-probabilities, gradient."""
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = shape.rows * shape.length
+    if shape.chunked:
+        tokens = min(tokens, max(1, CHUNK_LOGITS // vocabulary))
+    fp32 = 4 if width < 8 else 8
+    plain = 0 if shape.chunked else width  # the model's own logits, of which the trained ones are a copy
+    return tokens * vocabulary * (plain + width + (fp32 if width < fp32 else 0) + 2 * fp32)
+
+
+# ----------------------------------------------------------------------- weights
+
+
+def _weight_bytes(model: PreTrainedModel, spec: BaseSpec, shards: int) -> int:
+    """Bytes of the base on one device; of a share, with the largest part that is gathered."""
+    stored = getattr(torch, spec.dtype).itemsize
+    packed: dict[int, int] = {}
+    if spec.quantization != "none":
+        head = model.get_output_embeddings()
+        packed = {
+            id(module.weight): _packed_bytes(cast(Tensor, module.weight).numel(), module, spec)
+            for module in model.modules()
+            if is_linear(module) and module is not head
+        }
+    sizes = {id(p): packed.get(id(p), p.numel() * stored) for p in model.parameters()}
+    total = sum(sizes.values())
+    if shards == 1:
+        return total
+    blocks = [sum(sizes[id(p)] for p in block.parameters()) for block in blocks_of(model).values()]
+    root = total - sum(blocks)
+    # The root stays gathered through the step; of the blocks the running one, and the next on its way.
+    return -(-total // shards) + root + 2 * max(blocks, default=0)
+
+
+def _packed_bytes(numel: int, module: nn.Module, spec: BaseSpec) -> int:
+    """Bytes of a quantised weight: codes, scales, and the table of codes."""
+    if spec.quantization == "int8":
+        return numel + 4 * linear_shape(module)[0]
+    scales = -(-numel // 64)
+    table = 16 * 4
+    if not spec.double_quant:
+        return numel // 2 + 4 * scales + table
+    return numel // 2 + scales + 4 * -(-scales // 256) + 256 * 4 + 4 + table
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
