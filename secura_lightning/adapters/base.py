@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -41,6 +42,8 @@ class AdapterConfig(ABC):
     keywords: ClassVar[tuple[str, ...]] = (ALL_LINEAR,)
     needs_calibration: ClassVar[bool] = False
     """Whether layers take their start from the second moments of their inputs (:meth:`AdapterLayer.calibrate`)."""
+    accumulates: ClassVar[bool] = False
+    """Whether they take another start at every task's end, from the second moments of the task's inputs too."""
 
     @abstractmethod
     def build(self, name: str, base: nn.Module, generator: torch.Generator) -> AdapterLayer:
@@ -54,6 +57,10 @@ class AdapterConfig(ABC):
         Raises:
             ConfigError: The settings do not fit this module; the message names the key and the module.
         """
+
+    def build_at(self, name: str, base: nn.Module, generator: torch.Generator) -> AdapterLayer:
+        """:meth:`build` with the settings that hold at ``name``: the same everywhere, unless a subclass has others."""
+        return self.build(name, base, generator)
 
     def accepts(self, module: nn.Module) -> bool:
         """Whether this adapter can wrap ``module``."""
@@ -153,10 +160,27 @@ class AdapterLayer(nn.Module, ABC):
         """The change of the bias, or None where the adapter has none. No gradient."""
         return None
 
-    def merged_weight(self) -> Tensor:
-        """The weight with the change, summed in the working type and rounded once, in the base's type and layout."""
-        merged = dense_weight(self.base).to(self.work_dtype) + self.delta_weight()
-        return stored_layout(self.base, merged).to(cast(Tensor, self.base.weight).dtype).contiguous()
+    def delta_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """:meth:`delta_weight` in blocks of rows, so that a merge needs no dense copy in the working type; in one
+        block by default."""
+        change = self.delta_weight()
+        yield slice(0, len(change)), change
+
+    @torch.no_grad()
+    def merged_weight(self, onto: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight with the change, summed in the working type and rounded once, in the base's layout.
+
+        Beside the result it needs what :meth:`delta_blocks` yields at a time, and a dense copy of a quantised base.
+
+        Args:
+            onto: [out, in] weight that the change is added to; None for the base's own.
+            dtype: Type of the result; None for that of the base's weight.
+        """
+        reference = dense_weight(self.base) if onto is None else onto
+        merged = torch.empty_like(reference, dtype=dtype or cast(Tensor, self.base.weight).dtype)
+        for rows, change in self.delta_blocks():
+            merged[rows] = reference[rows] + change  # the sum is taken in the wider type of the two
+        return stored_layout(self.base, merged).contiguous()
 
     def merged_bias(self) -> Tensor | None:
         """The bias with its change, in the weight's type; None where there is neither."""
@@ -187,6 +211,13 @@ class AdapterLayer(nn.Module, ABC):
             gram: [in, in] sum of x x^T over the layer's inputs x, in fp64 on the layer's device.
         """
 
+    def fits(self, name: str, shape: torch.Size) -> bool:
+        """Whether a saved tensor of this shape can become the state ``name``: a method's may grow task by task."""
+        return bool(dict(self.adapter_tensors())[name].shape == shape)
+
+    def resize(self, name: str, shape: torch.Size) -> None:
+        """Make room for a saved tensor of another shape that :meth:`fits`. Nothing by default."""
+
     def share_clones(self, clones: dict[int, nn.Parameter]) -> None:
         """Take the trained clone of a weight that an earlier layer already cloned. Nothing by default.
 
@@ -200,6 +231,34 @@ class AdapterLayer(nn.Module, ABC):
 
     def refresh(self) -> None:
         """Recompute what follows from the loaded tensors. Nothing by default."""
+
+    def anchors(self) -> dict[str, Tensor]:
+        """Coordinates of the layer's function that a penalty may hold in place, with gradient to the trained tensors.
+
+        No fusion moves them. They are the trained tensors themselves, unless a method fuses those.
+        """
+        return {name: value for name, value in self._parameters.items() if value is not None}
+
+    @contextmanager
+    def at(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Within the context the layer computes from these values of its anchors, with gradient to them."""
+        own = {name: self._parameters[name] for name in values}
+        self._parameters.update(cast("dict[str, nn.Parameter | None]", values))
+        try:
+            yield
+        finally:
+            self._parameters.update(own)
+
+    @abstractmethod
+    def untouched(self) -> dict[str, Tensor]:
+        """Values of the anchors at which the layer is its base; of many, those on the straight way from where it is."""
+
+    @torch.no_grad()
+    def set_anchors(self, values: dict[str, Tensor]) -> None:
+        """Move the layer to these values of its anchors, in place."""
+        for name, value in values.items():
+            cast(Tensor, self._parameters[name]).copy_(value)
+        self.refresh()
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that a checkpoint needs: own parameters, then own persistent buffers."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from secura_lightning.adapters.base import require
 from secura_lightning.adapters.delta import DeltaConfig, DeltaLayer
 from secura_lightning.adapters.gather import add_gathered
-from secura_lightning.adapters.numerics import add_product, dense_weight, row_products
+from secura_lightning.adapters.numerics import add_product, column_norms, dense_weight, row_products
 
 Selection = Literal["inverse", "inverse_smoothed", "smallest", "uniform"]
 
@@ -152,7 +152,7 @@ class CURLoRALayer(DeltaLayer):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw columns and rows; U zero."""
-        column_norm = torch.linalg.vector_norm(dense_weight(self.base), dim=0, dtype=self.work_dtype)
+        column_norm = column_norms(dense_weight(self.base), self.work_dtype)
         how = (self.config.rank, self.config.selection, self.config.replacement, generator)
         self.columns.copy_(draw(column_norm, *how))
         self.rows.copy_(draw(self.base_norm, *how))

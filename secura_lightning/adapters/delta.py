@@ -11,21 +11,26 @@ base's output type.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from secura_lightning.adapters.base import AdapterLayer, TargetedConfig, require
+from secura_lightning.adapters.base import AdapterLayer, require
 from secura_lightning.adapters.element import element_linear
 from secura_lightning.adapters.norm import Granularity, SMagNorm
-from secura_lightning.adapters.numerics import dense_weight, linear_shape, no_autocast, row_products
+from secura_lightning.adapters.numerics import dense_weight, linear_shape, no_autocast, row_blocks, row_products
+from secura_lightning.adapters.overrides import PerTargetConfig
 
 
 @dataclass(kw_only=True)
-class DeltaConfig(TargetedConfig):
+class DeltaConfig(PerTargetConfig):
     """Settings of every adapter with a change ``L R``: targets, S-MagNorm, bias."""
+
+    norms: ClassVar[tuple[Granularity, ...]] = ("none", "row", "element")
+    """What `norm` may be."""
 
     norm: Granularity = "none"
     """S-MagNorm on the change: `none`, `row` (keeps the rank) or `element` (protects most, costs one weight
@@ -46,7 +51,7 @@ class DeltaConfig(TargetedConfig):
             ConfigError: A value is out of range.
         """
         super().__post_init__()
-        choices = ("none", "row", "element")
+        choices = self.norms
         require(self.norm in choices, f"model.adapter.norm is {self.norm!r}: choose one of {', '.join(choices)}")
         require(self.norm_s > 0, f"model.adapter.norm_s is {self.norm_s}: it must be above 0 (the default is 6)")
         require(
@@ -156,14 +161,35 @@ class DeltaLayer(AdapterLayer):
         if low_rank is not None:
             return low_rank[0] @ low_rank[1]
         left, right = self.factors()
-        reference, fused = dense_weight(self.base).to(left.dtype), self.fused_weight
-        if fused is None:
-            return self.norm.element_change(reference, left @ right, self.floor)
-        return fused + self.norm.element_change(reference + fused, left @ right, self.floor)
+        change = left.new_empty(left.shape[0], right.shape[1])
+        for rows, block in self.delta_blocks():
+            change[rows] = block
+        return change
+
+    @torch.no_grad()
+    def delta_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """:meth:`delta_weight` in small blocks of rows."""
+        low_rank = self.low_rank_delta()
+        left, right = self.factors() if low_rank is None else low_rank
+        dense, fused = dense_weight(self.base), self.fused_weight
+        for rows in row_blocks(dense):
+            change = left[rows] @ right
+            if low_rank is None:
+                reference = dense[rows].to(left.dtype)
+                reference = reference if fused is None else reference + fused[rows]
+                change = self.norm.element_change(reference, change, self.floor)
+                change = change if fused is None else change.add_(fused[rows])
+            yield rows, change
 
     def delta_bias(self) -> Tensor | None:
         """The trained change of the bias, [out]."""
         return None if self.bias_change is None else self.bias_change.detach()
+
+    @torch.no_grad()
+    def untouched(self) -> dict[str, Tensor]:
+        """A stays and the rest is zero, so that the change before the norm shrinks in proportion."""
+        kept = ("A", "lora_A")
+        return {k: v.detach().clone() if k in kept else torch.zeros_like(v) for k, v in self.anchors().items()}
 
     @torch.no_grad()
     def telemetry(self) -> dict[str, Tensor]:

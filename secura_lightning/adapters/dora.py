@@ -15,6 +15,7 @@ which they run the base a second time; here dropout acts on B A alone and the ba
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,14 +23,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secura_lightning.adapters.base import AdapterLayer, TargetedConfig, require
-from secura_lightning.adapters.numerics import add_product, dense_weight, linear_shape, no_autocast, row_products
+from secura_lightning.adapters.base import AdapterLayer, require
+from secura_lightning.adapters.numerics import (
+    add_product,
+    dense_weight,
+    linear_shape,
+    no_autocast,
+    row_blocks,
+    row_products,
+)
+from secura_lightning.adapters.overrides import PerTargetConfig
 
 _DEAD_ROW = 1e-3  # of the root mean square row norm: a row of zeros has no direction to divide by
 
 
 @dataclass(kw_only=True)
-class DoRAConfig(TargetedConfig):
+class DoRAConfig(PerTargetConfig):
     """DoRA: a trained low-rank change of every row's direction, and a trained magnitude."""
 
     rank: int = 8
@@ -111,19 +120,21 @@ class DoRALayer(AdapterLayer):
         self.lora_B.zero_()
         self.magnitude.copy_(self.base_norm)
 
-    def norm_change(self) -> Tensor:
-        """[out] n^2 - ||W0_i||^2, exactly zero while B is, with gradient."""
-        a, b = self.lora_A, self.scale * self.lora_B
-        cross = F.linear(a, dense_weight(self.base).to(a.dtype))  # A W0^T [r, out]
+    def norm_change(self, dense: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+        """n^2 - ||W0_i||^2 of some rows of ``dense``, which is W0; exactly zero while B is, with gradient."""
+        dense = dense_weight(self.base) if dense is None else dense
+        a, b = self.lora_A, self.scale * self.lora_B[rows]
+        cross = F.linear(a, dense[rows].to(a.dtype))  # A W0^T [r, rows]
         return 2 * (b * cross.t()).sum(-1) + row_products(b, a @ a.t())
 
-    def gain(self) -> Tensor:
-        """[out] g = m / n, exactly 1 at the start."""
+    def gain(self, dense: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+        """g = m / n of some rows of ``dense``, which is W0; exactly 1 at the start."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             # ||W0|| sqrt(1 + change / ||W0||^2) rather than sqrt(sum): then no change is no change, bit for bit.
-            relative = 1 + self.norm_change() / self.base_norm.square()
-            norm = self.base_norm * relative.clamp_min((self.floor / self.base_norm).square()).sqrt()
-        return self.magnitude / norm
+            base_norm = self.base_norm[rows]
+            relative = 1 + self.norm_change(dense, rows) / base_norm.square()
+            norm = base_norm * relative.clamp_min((self.floor / base_norm).square()).sqrt()
+        return self.magnitude[rows] / norm
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -146,11 +157,26 @@ class DoRALayer(AdapterLayer):
         return scaled if bias is None else scaled.add_(((1 - gain) * bias).to(y.dtype))
 
     @torch.no_grad()
+    def untouched(self) -> dict[str, Tensor]:
+        """A stays, B is zero, and the magnitudes are the norms of W0's rows."""
+        values = {name: torch.zeros_like(value) for name, value in self.anchors().items()}
+        return values | {"lora_A": self.lora_A.detach().clone(), "magnitude": self.base_norm.clone()}
+
+    @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """(g - 1) W0 + g s B A, [out, in]."""
         gain = self.gain().unsqueeze(-1)
         weight = dense_weight(self.base).to(gain.dtype)
         return torch.addmm((gain - 1) * weight, gain * self.lora_B, self.lora_A, alpha=self.scale)
+
+    @torch.no_grad()
+    def delta_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """:meth:`delta_weight` in small blocks of rows."""
+        dense = dense_weight(self.base)
+        for rows in row_blocks(dense):
+            gain = self.gain(dense, rows).unsqueeze(-1)
+            scaled = (gain - 1) * dense[rows].to(gain.dtype)
+            yield rows, scaled.addmm_(gain * self.lora_B[rows], self.lora_A, alpha=self.scale)
 
     def delta_bias(self) -> Tensor | None:
         """The trained change of the bias, [out]."""

@@ -129,6 +129,13 @@ class FullLayer(AdapterLayer):
             return F.linear(args[0], trained["weight"], trained.get("bias"))
         return cast(Tensor, functional_call(self.base, trained, args, kwargs))
 
+    def untouched(self) -> dict[str, Tensor]:
+        """The base's own weight and bias."""
+        return {
+            f"tuned_{name}": value.detach().to(self.work_dtype, copy=True)
+            for name, value in _own_parameters(self.base).items()
+        }
+
     def delta_weight(self) -> Tensor:
         """W_t - W0 in the working type, (out, in) for linear modules and in the weight's own shape otherwise."""
         if self.tuned_weight is None:
@@ -142,10 +149,12 @@ class FullLayer(AdapterLayer):
             return None
         return self.tuned_bias.detach() - cast(Tensor, self.base.bias).detach().to(self.tuned_bias.dtype)
 
-    def merged_weight(self) -> Tensor:
+    def merged_weight(self, onto: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """W_t rounded to the base's type: not W0 + (W_t - W0), whose rounding could differ."""
         assert self.tuned_weight is not None
-        return self.tuned_weight.detach().to(cast(Tensor, self.base.weight).dtype, copy=True)
+        if onto is not None:
+            return super().merged_weight(onto, dtype)
+        return self.tuned_weight.detach().to(dtype or cast(Tensor, self.base.weight).dtype, copy=True)
 
     def merged_bias(self) -> Tensor | None:
         """b_t rounded to the base's type."""

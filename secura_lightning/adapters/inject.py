@@ -41,7 +41,7 @@ def inject(model: nn.Module, config: AdapterConfig, seed: int = 0) -> AdapterSet
         raise SecuraError("the model already has adapters: merge or remove them before injecting others")
     targets = match_targets(model, config)
     config.check_model(model, targets)
-    layers = {name: config.build(name, base, module_generator(seed, name)) for name, base in targets.items()}
+    layers = {name: config.build_at(name, base, module_generator(seed, name)) for name, base in targets.items()}
     clones: dict[int, nn.Parameter] = {}
     for layer in layers.values():
         layer.share_clones(clones)
@@ -84,6 +84,17 @@ class AdapterSet:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Every trained tensor once."""
         return [parameter for _, parameter in self.named_parameters()]
+
+    def anchors(self) -> dict[str, Tensor]:
+        """``"{module}.{anchor}"`` -> coordinate, with gradient; see :meth:`AdapterLayer.anchors`. A tied one once."""
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, layer in self.layers.items():
+            for key, value in layer.anchors().items():
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    found[f"{name}.{key}"] = value
+        return found
 
     def report(self) -> str:
         """A short table of what matched: suffix, number of modules, shapes, trained parameters and their share."""
@@ -132,15 +143,29 @@ class AdapterSet:
                 "or for other targets"
             )
         for key, value in own.items():
-            if value.shape != state[key].shape:
+            layer, tensor = self._owner(key)
+            if not layer.fits(tensor, state[key].shape):
                 raise SecuraError(
                     f"{key} has shape {tuple(state[key].shape)}, this model needs {tuple(value.shape)}: "
                     "the adapter was trained with other settings or on another base"
                 )
-        for key, value in own.items():
+        self.resize({key: value.shape for key, value in state.items()})
+        for key, value in self.state_dict().items():
             value.copy_(state[key])
         for layer in self.layers.values():
             layer.refresh()
+
+    def resize(self, shapes: dict[str, torch.Size]) -> None:
+        """Give the state these shapes, by its keys; the contents of what changes its shape are lost."""
+        for key, value in self.state_dict().items():
+            if value.shape != shapes[key]:
+                layer, tensor = self._owner(key)
+                layer.resize(tensor, shapes[key])
+
+    def _owner(self, key: str) -> tuple[AdapterLayer, str]:
+        """The layer, and its name there, of a tensor of :meth:`state_dict`."""
+        name, _, tensor = key.rpartition(".")
+        return self.layers[name], tensor
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -170,11 +195,25 @@ class AdapterSet:
         """Mean over the modules of what each layer tells about itself, without host sync."""
         return _means([layer.telemetry() for layer in self.layers.values()])
 
+    def remove_(self) -> nn.Module:
+        """Put the plain modules back, without the changes. The set is empty afterwards.
+
+        Returns:
+            The model, computing what it did before :func:`inject`.
+        """
+        _replace(self.model, {id(layer): layer.base for layer in self.layers.values()})
+        self.layers = {}
+        return self.model
+
     @torch.no_grad()
-    def merge_(self) -> list[str]:
+    def merge_(self, progress: Callable[[int], object] | None = None) -> list[str]:
         """Write every change into its module's weight and put plain modules back. The set is empty afterwards.
 
-        Sums are taken in fp32 and rounded once to the weight's type.
+        Sums are taken in fp32 and rounded once to the weight's type, layer by layer: beside the model, memory holds the
+        new weight of one layer and a small block of rows, and each adapter is let go as soon as it is merged.
+
+        Args:
+            progress: Called with 1 after each module.
 
         Returns:
             Names of modules whose weight was tied to another one and no longer is, because only one of them changed.
@@ -186,17 +225,33 @@ class AdapterSet:
             if is_quantized(layer.base):
                 raise SecuraError(
                     f"{name} is quantised, and packing the merged weight again would round most of the change away: "
-                    "load the base with model.quantization: none and merge there"
+                    "load the base with model.quantization: none and merge there, or run `secura merge --onto base` "
+                    "(or `dequantized`), which writes a model of full precision"
                 )
-        tied = _tied_modules(self.model)
+        tied = tied_modules(self.model)
+        places = _places(self.model)
         merged: dict[int, nn.Parameter] = {}
-        for layer in self.layers.values():
+        bases = {name: layer.base for name, layer in self.layers.items()}
+        for name in list(self.layers):
+            layer = self.layers[name]
             _write(layer, merged)
-        broken = {id(m) for group in tied if len({id(m.weight) for m in group}) > 1 for m in group}
-        untied = [name for name, layer in self.layers.items() if id(layer.base) in broken]
-        _replace(self.model, {id(layer): layer.base for layer in self.layers.values()})
-        self.layers = {}
-        return untied
+            for parent, child in places[id(layer)]:
+                setattr(parent, child, layer.base)
+            del self.layers[name]
+            if progress is not None:
+                progress(1)
+        broken = untied(tied)
+        return [name for name, base in bases.items() if id(base) in broken]
+
+
+def merge(adapters: AdapterSet) -> nn.Module:
+    """Write every change into the model's weights; see :meth:`AdapterSet.merge_`.
+
+    Returns:
+        The model, with its plain modules back in place and the adapted function.
+    """
+    adapters.merge_()
+    return adapters.model
 
 
 def _own_parameters(layer: AdapterLayer) -> list[tuple[str, nn.Parameter]]:
@@ -233,7 +288,17 @@ def _combine(layers: Iterable[AdapterLayer], act: Callable[[AdapterLayer], Fusio
     return Fusion(reset=[p for fusion in done for p in fusion.reset], logs=_means([fusion.logs for fusion in done]))
 
 
-def _tied_modules(model: nn.Module) -> list[list[nn.Module]]:
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """(parent, name) of every adapter in ``model``, by id."""
+    found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if isinstance(child, AdapterLayer):
+                found[id(child)].append((parent, name))
+    return found
+
+
+def tied_modules(model: nn.Module) -> list[list[nn.Module]]:
     """Groups of modules that share one weight."""
     owners: dict[int, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
@@ -241,6 +306,11 @@ def _tied_modules(model: nn.Module) -> list[list[nn.Module]]:
         if weight is not None:
             owners[id(weight)].append(module)
     return [group for group in owners.values() if len(group) > 1]
+
+
+def untied(groups: list[list[nn.Module]]) -> set[int]:
+    """Ids of the modules of such groups that share one weight no longer."""
+    return {id(m) for group in groups if len({id(m.weight) for m in group}) > 1 for m in group}
 
 
 def _write(layer: AdapterLayer, merged: dict[int, nn.Parameter]) -> None:

@@ -75,6 +75,7 @@ class LoRANullConfig(DeltaConfig):
     """LoRA-Null: a low-rank change that reads the input only where calibration text (`model.calibration`) is silent."""
 
     needs_calibration: ClassVar[bool] = True
+    may_differ: ClassVar[tuple[str, ...]] = ("rank",)
 
     rank: int = 16
     """Rank of the change: directions of least energy in the calibration text."""
@@ -104,9 +105,12 @@ class LoRANullConfig(DeltaConfig):
             f"model.adapter.rank is {self.rank}, but {name} is {rows} x {columns}: use at most {largest}, "
             "or leave the module out with model.adapter.exclude",
         )
-        layer = LoRANullV1(base, self) if self.version == "v1" else LoRANullV2(base, self)
+        layer = self._layer(base)
         layer.reset_parameters(generator)
         return layer
+
+    def _layer(self, base: nn.Module) -> NullLayer:
+        return LoRANullV1(base, self) if self.version == "v1" else LoRANullV2(base, self)
 
 
 class NullLayer(DeltaLayer):

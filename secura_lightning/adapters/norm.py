@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Granularity = Literal["none", "row", "element"]
+Granularity = Literal["none", "row", "element", "official", "official_max"]
 
 _SERIES_BELOW = 1e-2
 # tanh(z)/z = sum c_k (z^2)^k: beyond the last coefficient the series is below 4e-15 for z^2 < 1e-2.
@@ -52,7 +52,8 @@ class SMagNorm:
     """The norm's settings and its closed forms.
 
     Attributes:
-        granularity: ``none``, ``row`` or ``element``.
+        granularity: ``none``, ``row`` or ``element``; SECURA alone knows ``official`` and ``official_max``
+            (:mod:`secura_lightning.adapters.official`).
         s: Scale of the sigmoid; the relative change is bounded by 2/s.
         eps: Floor of a weight's size, as a fraction of the matrix' root mean square.
         detach: Treat M as a constant in backward (the authors' choice).

@@ -26,8 +26,10 @@ twice, jumps to 4/3 of it) the text is followed; see :mod:`secura_lightning.adap
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,8 @@ from secura_lightning.adapters.base import Fusion, require
 from secura_lightning.adapters.delta import DeltaConfig, DeltaLayer
 from secura_lightning.adapters.gather import add_gathered
 from secura_lightning.adapters.norm import Granularity
-from secura_lightning.adapters.numerics import add_product, dense_weight, is_quantized, linear_shape
+from secura_lightning.adapters.numerics import add_product, column_norms, dense_weight, is_quantized, linear_shape
+from secura_lightning.adapters.official import OFFICIAL, OfficialLayer
 
 FusionMode = Literal["frozen", "base", "none"]
 
@@ -51,9 +54,13 @@ def restraint_edge(edge: float, s: float) -> float:
 class SECURAConfig(DeltaConfig):
     """SECURA: a change in the span of W0's weakest rows and columns, limited weight by weight, fused at task ends."""
 
+    may_differ: ClassVar[tuple[str, ...]] = ("c", "a")
+    norms: ClassVar[tuple[Granularity, ...]] = ("none", "row", "element", "official", "official_max")
+
     norm: Granularity = "element"
-    """S-MagNorm on the change: `element` (the paper's, protects most), `row` (keeps the rank) or `none` (plain
-    CABR-LoRA)."""
+    """S-MagNorm on the change: `element` (the paper's, protects most), `row` (keeps the rank), `none` (plain
+    CABR-LoRA); or, to reproduce the authors' figures alone, `official` and `official_max`, which act on outputs, break
+    the base and cannot be merged."""
     c: int = 32
     """Number of columns and rows of W0 that span the change (the authors: 150)."""
     a: int = 48
@@ -89,6 +96,11 @@ class SECURAConfig(DeltaConfig):
             "model.adapter.fusion: none never fuses, so fusion_every and restraint do nothing: "
             "remove them, or set fusion: frozen",
         )
+        require(
+            self.norm not in OFFICIAL or self.fusion != "base",
+            f"model.adapter.norm: {self.norm} acts on outputs, which fusion: base could not move into the weight: "
+            "set fusion: frozen",
+        )
         for key, low in (("restraint_edge", 1), ("restraint_percent", 0), ("restraint_decay", 0)):
             value = getattr(self, key)
             require(low < value < low + 1, f"model.adapter.{key} is {value}: it must lie between {low} and {low + 1}")
@@ -107,7 +119,8 @@ class SECURAConfig(DeltaConfig):
             f"model.adapter.fusion: base with norm: element keeps a dense change beside {name}, larger than its "
             "quantised weight: set fusion: frozen, or norm: row, or model.quantization: none",
         )
-        return SECURALayer(base, self, seed=generator.initial_seed())
+        kind = OfficialSECURALayer if self.norm in OFFICIAL else SECURALayer
+        return kind(base, self, seed=generator.initial_seed())
 
 
 class SECURALayer(DeltaLayer):
@@ -148,7 +161,7 @@ class SECURALayer(DeltaLayer):
         self.config = config
         width, dense = config.c, config.norm == "element"
         weight = dense_weight(base)
-        column_norm = torch.linalg.vector_norm(weight, dim=0, dtype=self.work_dtype)
+        column_norm = column_norms(weight, self.work_dtype)
         # A stable sort: rows of equal norm come out in the same order everywhere.
         self.register_buffer("columns", column_norm.argsort(stable=True)[:width].clone())
         self.register_buffer("rows", self.base_norm.argsort(stable=True)[:width].clone())
@@ -230,6 +243,46 @@ class SECURALayer(DeltaLayer):
             return current
         return self.fused_left + current[0], current[1]
 
+    def anchors(self) -> dict[str, Tensor]:
+        """What is fused and what is trained in one: K_L + A B, or W_t's change under fusion ``base``; A and B only
+        where nothing is ever fused."""
+        found = super().anchors()
+        if self.config.fusion == "none":
+            return found
+        kept = {name: value for name, value in found.items() if name not in ("A", "B")}
+        if self.core is not None:
+            return {"core": self.total_core(), **kept}
+        left, scale = self.left_basis @ self.total_core(), self.row_scale()
+        if self.fused_left is not None:
+            return {"fused_left": self.fused_left + (left if scale is None else scale.unsqueeze(-1) * left), **kept}
+        assert self.fused_dense is not None
+        reference = dense_weight(self.base).to(left.dtype) + self.fused_dense
+        change = self.norm.element_change(reference, left @ self.right(), self.floor)
+        return {"fused_dense": self.fused_dense + change, **kept}
+
+    @contextmanager
+    def at(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """As if ``values`` had been fused; see :meth:`AdapterLayer.at`."""
+        fused = {name: value for name, value in values.items() if name in self._buffers}
+        trained = {name: value for name, value in values.items() if name not in fused}
+        own = {name: self._buffers[name] for name in fused}
+        with super().at(trained | ({"B": torch.zeros_like(self.B)} if fused else {})):
+            self._buffers.update(fused)
+            try:
+                yield
+            finally:
+                self._buffers.update(own)
+
+    @torch.no_grad()
+    def set_anchors(self, values: dict[str, Tensor]) -> None:
+        """Fuse to these values; see :meth:`AdapterLayer.set_anchors`."""
+        fused = {name: value for name, value in values.items() if name in self._buffers}
+        for name, value in fused.items():
+            getattr(self, name).copy_(value)
+        if fused:
+            self.B.zero_()
+        super().set_anchors({name: value for name, value in values.items() if name not in fused})
+
     def end_task(self) -> Fusion:
         """Fuse, unless fusion goes by steps or is off."""
         return self.fuse() if self.config.fusion != "none" and self.config.fusion_every is None else Fusion()
@@ -277,6 +330,10 @@ class SECURALayer(DeltaLayer):
         number = max((self.out_features - self.config.c) // 2, self.out_features // 4, 1)
         weights = self.base_norm.double().cpu().clamp_min(torch.finfo(torch.float64).tiny)
         return weights.multinomial(number, generator=generator).to(self.rows.device)
+
+
+class OfficialSECURALayer(OfficialLayer, SECURALayer):
+    """A linear module with a CABR change, under the authors' norm of outputs."""
 
 
 def _gram_root(right: Tensor) -> Tensor:

@@ -66,6 +66,10 @@ class StartedLayer(DeltaLayer):
         for tensor in (self.lora_B, self.start_B):
             tensor.copy_(start_b)
 
+    def untouched(self) -> dict[str, Tensor]:
+        """A0 and B0."""
+        return {**super().untouched(), "lora_A": self.start_A.clone(), "lora_B": self.start_B.clone()}
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """(scale [B - B0, B0], [A; A - A0]), of rank 2 r."""
         left = torch.cat([self.lora_B - self.start_B, self.start_B], dim=1)

@@ -347,7 +347,7 @@ def test_trained_bias_adds_out_parameters_and_merges() -> None:
         ({"fusion_every": 0}, r"model\.adapter\.fusion_every is 0"),
         ({"fusion": "none", "restraint": True}, r"model\.adapter\.fusion: none never fuses"),
         ({"fusion": "both"}, r"model\.adapter\.fusion is 'both': choose one of frozen, base, none"),
-        ({"norm": "col"}, r"model\.adapter\.norm is 'col': choose one of none, row, element"),
+        ({"norm": "col"}, r"model\.adapter\.norm is 'col': choose one of none, row, element, official, official_max"),
         ({"norm_s": 0}, r"model\.adapter\.norm_s is 0"),
         ({"norm_eps": 0}, r"model\.adapter\.norm_eps is 0"),
         ({"restraint_edge": 2.5}, r"model\.adapter\.restraint_edge is 2\.5: it must lie between 1 and 2"),
