@@ -70,7 +70,8 @@ class LwF(Strategy):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put back the previous adapters of a checkpoint."""
-        memory = Memory(pl_module.adapters, self._restored or None)  # type: ignore[arg-type]  (adapters may refuse)
+        # Also in a new run, where nothing is restored: adapters that cannot be compared refuse now, not after a task.
+        memory = Memory(pl_module.adapters, self._restored or None)  # type: ignore[arg-type]
         if self._restored:
             self.memory, self._restored = memory, {}
 
