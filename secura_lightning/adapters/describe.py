@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from secura_lightning.adapters.base import AdapterConfig
@@ -13,6 +13,21 @@ from secura_lightning.errors import SecuraError
 def describe_adapter(config: AdapterConfig) -> dict[str, Any]:
     """``{"class": name, setting: value, ...}`` with plain values only."""
     return {"class": type(config).__name__, **asdict(config)}  # type: ignore[call-overload]
+
+
+def summarize_adapter(config: AdapterConfig) -> str:
+    """The method and every setting that is not its default, for people: ``LoRA (rank 16, norm element)``.
+
+    A setting that a configuration inherits unseen, from another file or from the class that stood there before, shows.
+    """
+    changed = []
+    for setting in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, setting.name)
+        default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+        if value != default:
+            changed.append(f"{setting.name} {value}")
+    name = type(config).__name__.removesuffix("Config")
+    return f"{name} ({', '.join(changed)})" if changed else name
 
 
 def rebuild_adapter(description: dict[str, Any]) -> AdapterConfig:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secura_lightning.adapters.base import AdapterConfig, AdapterLayer, Fusion
+from secura_lightning.adapters.describe import summarize_adapter
 from secura_lightning.adapters.numerics import is_quantized, module_generator
 from secura_lightning.adapters.targets import match_targets
 from secura_lightning.errors import SecuraError
@@ -110,9 +111,9 @@ class AdapterSet:
             shown = ", ".join(shapes[:2]) + (", ..." if len(shapes) > 2 else "")
             count = sum(p.numel() for p in {id(p): p for layer in layers for _, p in _own_parameters(layer)}.values())
             lines.append(f"{suffix:<{width}}  {len(layers):>5}  {shown:<24}  {count:,}")
-        kind = type(self.config).__name__.removesuffix("Config")
         lines.append(
-            f"{kind} on {len(self.layers)} modules trains {trained:,} of {total:,} parameters ({trained / total:.2%})"
+            f"{summarize_adapter(self.config)} on {len(self.layers)} modules trains {trained:,} of {total:,} parameters "
+            f"({trained / total:.2%})"
         )
         return "\n".join(lines)
 
