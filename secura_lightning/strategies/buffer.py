@@ -29,6 +29,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from secura_lightning.data.batches import Position
 from secura_lightning.data.encode import Encoded
 from secura_lightning.errors import ConfigError
 from secura_lightning.seeds import derive_seed
@@ -208,10 +209,8 @@ class ReplayBuffer(Strategy):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         position = data.plan.locate(batch_idx)
         task, encoded = position.task, data.encoded[position.task]
-        window = len(batch["rows"]) * data.plan.accumulate * trainer.world_size
-        trained = not any(strategy.skipping for strategy in strategies_of(trainer))
-        if trained and position.step * window < len(encoded):  # within the first pass
-            for index in batch["rows"]:
+        if not any(strategy.skipping for strategy in strategies_of(trainer)):
+            for index in self._first_seen(trainer, position, batch["rows"]):
                 row = encoded[index]
                 ids = torch.tensor(np.asarray(row.ids, dtype=np.int32))
                 self._fresh.append(Held(task, index, len(ids), row.n_prompt, 0, ids))
@@ -221,6 +220,21 @@ class ReplayBuffer(Strategy):
             self._fresh = []
 
     # ----------------------------------------------------------------- filling
+
+    def _first_seen(self, trainer: Trainer, position: Position, rows: list[int]) -> list[int]:
+        """Those of a micro-batch's rows that the task has not trained on before, on any rank."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        size, n = len(rows) * data.plan.accumulate * self._world, len(data.encoded[position.task])
+        if (position.step + 1) * size <= n:
+            return rows
+        if position.step * size >= n:
+            return []
+        # The window in which the second pass begins: once a task, so that the earlier ones may be asked for again.
+        batches: Any = trainer.train_dataloader.dataset  # type: ignore[union-attr]
+        earlier = {row for step in range(position.step) for row in batches.window(position.task, step)}
+        window = batches.window(position.task, position.step)
+        first = (position.micro * self._world + self._rank) * len(rows)
+        return [row for i, row in enumerate(rows, start=first) if row not in earlier and window.index(row) == i]
 
     def _quota(self, trainer: Trainer, task: int, current: int) -> int:
         """Rows that this rank may hold of ``task``, or of all under a reservoir of fixed size."""
@@ -240,8 +254,6 @@ class ReplayBuffer(Strategy):
         """Decide about one row; True if it entered."""
         group = self._group(held.task)
         rows = self.rows[group]
-        if held.key in self._keys:  # the last window of a pass may hold the first rows of the next one
-            return False
         self.offered[group] += 1
         if len(rows) < quota:
             rows.append(held)

@@ -85,7 +85,13 @@ def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Fit:
-    changes = {"model.init": "pretrained", "model.adapter.init_args.dropout": 0.0, "data.steps_per_task": [2, 2, 2]}
+    changes = {
+        "model.init": "pretrained",
+        "model.adapter.init_args.dropout": 0.0,
+        "data.steps_per_task": [2, 2, 2],
+        "data.probe": "PocketProbe",
+        "forgetting.limit": 4,
+    }
     return fit_into(tmp_path_factory.mktemp("finished"), changes)
 
 

@@ -82,7 +82,10 @@ def _size(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+QUICK = ("lora", "secura", "full")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
 def test_every_adapter_is_planned_as_it_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SMALL", 160 * 160)  # so that the larger matrices are shaped by primes
     memory = estimate(BaseSpec(), CONFIGS[name], SHAPE, adamw)

@@ -1,12 +1,24 @@
 """Prompts are never trained on, answers never cut, padding never seen."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from secura_lightning.data.encode import IGNORED, Encoded, collate, encode_prompt, encode_row, encode_text, pack
+from secura_lightning.data.encode import (
+    IGNORED,
+    Encoded,
+    collate,
+    encode_prompt,
+    encode_row,
+    encode_rows,
+    encode_text,
+    pack,
+)
 from secura_lightning.data.rows import Row
 from secura_lightning.errors import SecuraError
+from tests.evaluation.tiny import byte_tokenizer
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=60)
 
@@ -37,6 +49,71 @@ def test_training_continues_exactly_the_prompt_that_generation_sees(
     assert list(cut.ids[cut.n_prompt :]) == list(encoded.ids[encoded.n_prompt :])
     assert cut.ids[0] == tokenizer.bos_token_id
     assert cut.truncated == len(encoded.ids) - len(cut.ids)
+
+
+def variants() -> list[PreTrainedTokenizerFast]:
+    """With and without beginning and end of sequence; one whose tokens reach over white space."""
+    made = []
+    for bos, eos in ((True, True), (False, True), (False, False)):
+        tokenizer = byte_tokenizer()
+        tokenizer.bos_token = "<s>" if bos else None
+        tokenizer.eos_token = "</s>" if eos else None
+        made.append(tokenizer)
+    merging = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["a", "b", " ", "a ", " b"])}, merges=[
+        ("a", " "), (" ", "b"),
+    ]))  # fmt: skip
+    return [*made, PreTrainedTokenizerFast(tokenizer_object=merging)]
+
+
+VARIANTS = variants()
+
+
+@settings(deadline=None)
+@given(
+    texts=st.lists(st.tuples(TEXT, TEXT.filter(str.strip)), min_size=1, max_size=5),
+    separator=st.sampled_from(["", " ", "\n", "\n\nAnswer: "]),
+    length=st.integers(1, 80),
+    which=st.integers(0, 2),
+)
+def test_rows_together_are_rows_alone_and_every_answer_is_whole_or_refused(
+    texts: list[tuple[str, str]], separator: str, length: int, which: int
+) -> None:
+    tokenizer = VARIANTS[which]
+    rows = [Row(str(i), prompt, answer) for i, (prompt, answer) in enumerate(texts)]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    wanted = [[*tokenizer(separator + row.answer)["input_ids"], *end] for row in rows]  # bytes never merge
+    if max(map(len, wanted)) >= length:
+        with pytest.raises(SecuraError, match=r"row \d+: its answer takes \d+ of data.max_length"):
+            encode_rows(tokenizer, rows, length, separator)
+        return
+    found = encode_rows(tokenizer, rows, length, separator)
+    assert found == [encode_row(tokenizer, row, length, separator) for row in rows]
+    for row, encoded, answer in zip(rows, found, wanted, strict=True):
+        prompt = encode_prompt(tokenizer, row.prompt)
+        assert list(encoded.ids[encoded.n_prompt :]) == answer
+        assert len(encoded.ids) <= length
+        assert encoded.truncated == len(prompt) - encoded.n_prompt
+        kept = list(encoded.ids[: encoded.n_prompt])
+        whole = kept == prompt
+        assert whole == (encoded.truncated == 0)
+        first = int(tokenizer.bos_token_id is not None and len(kept) > 1)
+        assert kept[first:] == prompt[len(prompt) - len(kept) + first :]
+        labels = collate([encoded], 0)["labels"][0]
+        assert int((labels[1:] != IGNORED).sum()) == encoded.n_trained > 0 or len(encoded.ids) == 1
+
+
+@settings(deadline=None)
+@given(st.text("ab ", max_size=8), st.text("ab ", max_size=8).filter(str.strip), st.sampled_from(["", " "]))
+def test_a_token_over_the_border_never_changes_the_prompt(prompt: str, answer: str, separator: str) -> None:
+    tokenizer = VARIANTS[3]
+    encoded = encode_row(tokenizer, Row("1", prompt, answer), 100, separator)
+    assert list(encoded.ids[: encoded.n_prompt]) == tokenizer(prompt)["input_ids"]
+    assert "".join(tokenizer.convert_ids_to_tokens(encoded.ids)) == prompt + separator + answer
+
+
+def test_an_answer_without_tokens_is_refused() -> None:
+    with pytest.raises(SecuraError, match="row 3: the tokenizer makes no token of the answer 'xyz'"):
+        encode_row(VARIANTS[3], Row("3", "a", "xyz"), 10, "")
 
 
 def test_empty_and_oversized_answers_are_refused_with_the_row(tokenizer) -> None:

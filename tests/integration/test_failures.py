@@ -48,6 +48,7 @@ def test_a_loss_that_is_no_number_names_step_task_and_rows(run_fit: Callable[...
     assert "\n" not in text
 
 
+@pytest.mark.slow
 def test_a_gradient_that_overflows_is_told_from_a_loss(run_fit: Callable[..., Fit]) -> None:
     with pytest.raises(SecuraError, match="the loss is finite but its gradient is not"):
         run_fit({**SHORT, **poisoned(steps=[1], loss=False)})
@@ -64,6 +65,7 @@ def test_skipped_steps_change_nothing_and_are_counted(run_fit: Callable[..., Fit
     assert steps == {1.0}  # of three
 
 
+@pytest.mark.slow
 def test_skipping_ends_after_so_many_steps(run_fit: Callable[..., Fit]) -> None:
     limits = {"failures.on_nonfinite": "skip", "failures.max_skipped": 1}
     with pytest.raises(SecuraError, match="the loss is not finite"):
@@ -162,7 +164,10 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
 # ---------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param("SIGINT", marks=SLOW), "SIGTERM", pytest.param("SIGUSR1", marks=SLOW)])
 def test_a_signal_saves_at_the_next_step_and_the_next_start_goes_on(run_fit: Callable[..., Fit], name: str) -> None:
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     changes = {**SHORT, "checkpoint.every_n_steps": 100}
@@ -231,6 +236,7 @@ def test_a_tokens_operations_follow_from_the_weights() -> None:
     assert token_operations(model, 1000) == 4 * linear + 6000
 
 
+@pytest.mark.slow
 def test_throughput_is_logged(run_fit: Callable[..., Fit]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -16,7 +16,10 @@ from secura_lightning.errors import ConfigError
 ROOT = Path(__file__).parents[2] / "configs"
 OVERLAYS = sorted((ROOT / "overlays").glob("*.yaml"))
 NAMES = {path.stem for path in OVERLAYS}
-BASES = ["quickstart", "pocket_lora_null", "llama3.1_8b", "gemma2_2b"]
+BASES = [
+    "quickstart",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("pocket_lora_null", "llama3.1_8b", "gemma2_2b")),
+]
 
 
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *names: str) -> tuple[Trainer, Any, Any]:

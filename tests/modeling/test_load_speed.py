@@ -38,10 +38,10 @@ def run(tmp_path: Any) -> Callable[..., Fit]:
 @pytest.mark.parametrize(
     ("precision", "stored", "output"),
     [
-        ("32-true", torch.float32, torch.float32),
+        pytest.param("32-true", torch.float32, torch.float32, marks=pytest.mark.slow),
         ("bf16-mixed", torch.float32, torch.bfloat16),
         ("bf16-true", torch.bfloat16, torch.bfloat16),
-        ("64-true", torch.float64, torch.float64),
+        pytest.param("64-true", torch.float64, torch.float64, marks=pytest.mark.slow),
     ],
 )
 def test_every_precision_keeps_adapters_wide(

@@ -17,6 +17,7 @@ from secura_lightning.errors import ConfigError
 from secura_lightning.modeling.calibrate import TextCalibration
 from secura_lightning.strategies.ewc import EWC, normalize
 from tests.adapters.toy import VARIANTS, adapted, move
+from tests.integration.test_resume import assert_same
 from tests.strategies.tiny import build, fit, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA-Null trains on a random basis")
@@ -175,6 +176,24 @@ def test_logs_the_penalty_and_its_share(tmp_path: Path) -> None:
     logged = trainer.logged_metrics
     assert logged["ewc/penalty"] > 0
     assert 0 < logged["ewc/share"] < 1
+
+
+class Kill(Callback):
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 5:
+            raise InterruptedError
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path: Path) -> None:
+    """Killed in the second task, after its last checkpoint and before its end."""
+    data = {"steps_per_task": [3, 3, 2]}
+    whole = fit(tmp_path / "whole", [first := EWC(20.0, samples=5)], data=data, monitored=True)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "cut", [EWC(20.0, samples=5), Kill()], data=data, monitored=True)
+    last = tmp_path / "cut/run/version_0/checkpoints/last.ckpt"
+    resumed = fit(tmp_path / "cut", [again := EWC(20.0, samples=5)], str(last), data=data, monitored=True)
+    assert_same(tensors(resumed), tensors(whole))
+    assert_same(again.state_dict(), first.state_dict())
 
 
 def test_state_is_what_a_checkpoint_needs(tmp_path: Path) -> None:
