@@ -111,10 +111,8 @@ class AdapterSet:
             shown = ", ".join(shapes[:2]) + (", ..." if len(shapes) > 2 else "")
             count = sum(p.numel() for p in {id(p): p for layer in layers for _, p in _own_parameters(layer)}.values())
             lines.append(f"{suffix:<{width}}  {len(layers):>5}  {shown:<24}  {count:,}")
-        lines.append(
-            f"{summarize_adapter(self.config)} on {len(self.layers)} modules trains {trained:,} of {total:,} parameters "
-            f"({trained / total:.2%})"
-        )
+        share = f"{trained:,} of {total:,} parameters ({trained / total:.2%})"
+        lines.append(f"{summarize_adapter(self.config)} on {len(self.layers)} modules trains {share}")
         return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Tensor]:
