@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from secura_lightning.callbacks.telemetry import Telemetry
 from secura_lightning.errors import ConfigError
 
 
@@ -53,17 +51,6 @@ class ShardedStrategy(ModelParallelStrategy):
         """Start the processes' group, with every process in the data-parallel dimension."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-
-    def setup(self, trainer: Trainer) -> None:
-        """Set up, without the adapters' telemetry.
-
-        It measures on the first process alone, and a weight that is spread over all needs all of them.
-        """
-        kept = [callback for callback in trainer.callbacks if not isinstance(callback, Telemetry)]  # type: ignore[attr-defined]
-        if len(kept) < len(trainer.callbacks):  # type: ignore[attr-defined]
-            rank_zero_info("sharded base: the adapters' telemetry is off")
-            trainer.callbacks = kept  # type: ignore[attr-defined]
-        super().setup(trainer)
 
     # ---------------------------------------------------------------- gradients
 

@@ -53,10 +53,10 @@ class Telemetry(Callback):
         self._log(trainer, pl_module, "task_end", index + 1)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, prefix: str, step: int) -> None:
-        if not trainer.is_global_zero:  # nothing below is collective
-            return
         adapters: AdapterSet = pl_module.adapters  # type: ignore[assignment]
-        values = measure(adapters)
+        values = measure(adapters)  # on every process: reading a sharded base weight needs them all
+        if not trainer.is_global_zero:
+            return
         for strategy in strategies_of(trainer):
             memory = getattr(strategy, "memory", None)
             if memory is not None and hasattr(memory, "distance"):
