@@ -62,8 +62,8 @@ class Strategy(Callback):
         return {}
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments by name, as plain values."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        """The constructor's arguments that the strategy keeps under their names, as plain values."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if hasattr(self, name)}
 
 
 def strategies_of(trainer: Trainer) -> list[Strategy]:

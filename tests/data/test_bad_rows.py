@@ -143,8 +143,8 @@ def test_wrongly_encoded_file_is_named_by_line_through_the_task(tmp_path: Path) 
 
 
 def test_row_whose_labels_would_all_be_masked_is_refused_with_its_number(tmp_path: Path) -> None:
-    # A tokenizer that has no token for the answer's letters, and none for the end of a sequence.
-    letters = {letter: i for i, letter in enumerate("1+? =:QuestionAwr\n")}
+    # A tokenizer that has no token for the answer's letters, the space before it, or the end of a sequence.
+    letters = {letter: i for i, letter in enumerate("1+?=:QuestionAwr\n")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab=letters, merges=[])))
     task = one(
         tmp_path, lambda p: TableTask("t", "{q}", path=p, metric="exact", n_validation=0), {"q": "1+1?", "answer": "zz"}
