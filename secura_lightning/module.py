@@ -172,8 +172,14 @@ class ContinualModule(LightningModule):
         """The callbacks that turn batch positions into task hooks, and what the run's strategies need beside them.
 
         Raises:
-            ConfigError: Strategies do not go together.
+            ConfigError: Strategies do not go together, or not with the adapter.
         """
+        for strategy in strategies_of(self.trainer):
+            if self.adapter.accumulates and strategy.needs_anchors:
+                raise ConfigError(
+                    f"trainer.callbacks.{type(strategy).__name__}: {type(self.adapter).__name__} takes new coordinates "
+                    "for every task, which nothing can hold on to: use LoRANullConfig, or a strategy such as ER"
+                )
         return [*complete(strategies_of(self.trainer)), TaskStart(), TaskEnd()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -194,11 +200,14 @@ class ContinualModule(LightningModule):
     # ---------------------------------------------------------------- training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
-        """Cross-entropy of the answers, normalised by the tokens of the whole window over all ranks; None, for a step
-        without gradients, while a strategy lets the task pass."""
+        """Cross-entropy of the answers, normalised by the tokens of the whole window over all ranks; nothing, for a
+        step without gradients, while a strategy lets the task pass."""
         strategies = strategies_of(self.trainer)
         if any(strategy.skipping for strategy in strategies):
-            return None
+            if self.trainer.world_size == 1:
+                return None
+            # Ranks must all reduce: gradients of zero, which the strategy takes away before the optimizer sees them.
+            return torch.stack([p.sum() for p in self.adapters.trainable_parameters()]).sum() * 0.0
         logits = self.logits(batch) if any(strategy.needs_logits for strategy in strategies) else None
         total = self.answer_loss(batch) if logits is None else summed_cross_entropy(logits, batch["labels"])
         # Lightning divides by the micro-batches and DDP by the ranks: undo both, the window's count replaces them.

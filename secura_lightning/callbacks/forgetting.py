@@ -68,13 +68,28 @@ class ForgettingMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The measurements so far and the time that they took, as plain values."""
-        return {"rows": self.rows, "elapsed": self._wall_time()}
+        return {"rows": self.rows, "elapsed": self._wall_time(), "settings": self._settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the measurements of a checkpoint."""
+        """Continue the measurements of a checkpoint.
+
+        Raises:
+            ConfigError: Its rows were measured otherwise than this configuration measures.
+        """
+        for key, now in self._settings().items():
+            then = state_dict.get("settings", {}).get(key, now)  # checkpoints of 0.1.0 lack them
+            if then != now:
+                raise ConfigError(
+                    f"forgetting.{key}: the checkpoint's rows were measured with {then}, this configuration has {now}; "
+                    "one matrix needs one measure: resume with the same"
+                )
         self.rows = list(state_dict["rows"])
         self._elapsed = state_dict["elapsed"]
         self._started = time.monotonic()
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides the rows that are scored, and how."""
+        return {"split": self.split, "limit": self.limit, "normalise": self.normalise}
 
     def _wall_time(self) -> float:
         return self._elapsed + time.monotonic() - self._started

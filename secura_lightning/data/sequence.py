@@ -175,7 +175,8 @@ class SequenceDataModule(LightningDataModule):
             ConfigError: The sequence, its steps or its batches differ from the checkpoint's.
         """
         for key, now in self._signature().items():
-            then = state_dict.get(key, False if key == "group_by_length" else None)  # checkpoints of 0.1.0 lack it
+            earlier = {"group_by_length": False, "max_length": now}  # checkpoints of 0.1.0 lack them
+            then = state_dict.get(key, earlier.get(key))
             if then != now:
                 raise ConfigError(
                     f"data: the checkpoint was written with {key}={then}, this configuration has {key}={now}; "
@@ -190,6 +191,7 @@ class SequenceDataModule(LightningDataModule):
             "window": self.batch_size * self.plan.accumulate * (self.trainer.world_size if self.trainer else 1),
             "seed": self.seed,
             "group_by_length": self.group_by_length,
+            "max_length": self.max_length,
         }
 
     def _tokeniser(self, tokenizer: PreTrainedTokenizerBase) -> Tokeniser:

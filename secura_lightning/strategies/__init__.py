@@ -12,7 +12,8 @@ Strategies compose, in any order in the list; they act in this one:
 The buffer is one, whoever draws from it, each with draws of its own. Refused, each in one line that names
 ``trainer.callbacks``: a strategy listed twice; two of ER, ILoRA and DERPP, whose losses hold the same replay term;
 a ReplayBuffer that nobody uses. Every adapter goes with every strategy, but LoRANullSequence, whose coordinates are new
-with every task, with none that compares or averages coordinates (EWC, L2SP, ILoRA, LwF).
+with every task, with none that compares or averages coordinates (EWC, L2SP, ILoRA, LwF,
+RetentionGuard with ``policy: dial``).
 """
 
 from secura_lightning.discover import import_all

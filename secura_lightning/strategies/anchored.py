@@ -26,6 +26,8 @@ class AnchoredPenalty(Strategy):
         anchor: theta* by anchor name.
     """
 
+    needs_anchors = True
+
     def __init__(self, strength: float) -> None:
         self.strength = strength
         self.weights: dict[str, Tensor] = {}

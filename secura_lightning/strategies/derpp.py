@@ -29,7 +29,7 @@ class DERPP(Replay):
     Args:
         replay_ratio: Replayed rows / (replayed + fresh rows) of a window. Where that is no whole number of rows, some
             windows hold one more than others.
-        weight: Weight w of the replayed rows' cross-entropy; null: ``replay_ratio``, so that every row counts alike.
+        weight: Weight w of the replayed rows' cross-entropy; null: their share of the window's rows.
         alpha: Weight a of the mean squared difference of logits.
         top_k: Logits kept per answer token, of which each takes 8 bytes.
     """

@@ -20,7 +20,7 @@ class ER(Replay):
     Args:
         replay_ratio: Replayed rows / (replayed + fresh rows) of a window. Where that is no whole number of rows, some
             windows hold one more than others.
-        weight: Weight w of the replayed rows' loss; null: ``replay_ratio``, so that every row counts alike.
+        weight: Weight w of the replayed rows' loss; null: their share of the window's rows: all rows count alike.
     """
 
     def __init__(self, replay_ratio: float = 0.5, weight: float | None = None) -> None:

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from secura_lightning.adapters import AdapterSet
 from secura_lightning.callbacks import tensorboard
@@ -81,6 +82,7 @@ class RetentionGuard(Strategy):
         self.watch = watch
         self.bisections = bisections
         self.batch_size = batch_size
+        self.needs_anchors = policy == "dial"
         self.watched: Probe | None = None
         self.base: ProbeScore | None = None  # of the untouched base
         self.good: dict[str, Tensor] = {}  # the adapters' state at the last check that kept the floor
@@ -148,6 +150,12 @@ class RetentionGuard(Strategy):
         self.skipping = False
         self.start = Memory(adapters).values if self.policy == "dial" else {}
         self._keep(adapters, 0)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """While the task passes, leave the optimizer nothing to act on: no momentum, no decay."""
+        if self.skipping:
+            for parameter in _adapters(pl_module).trainable_parameters():
+                parameter.grad = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -42,7 +42,7 @@ class ILoRA(Replay):
     Args:
         replay_ratio: Replayed rows / (replayed + fresh rows) of a window. Where that is no whole number of rows, some
             windows hold one more than others.
-        weight: Weight w of the replayed rows' cross-entropy; null: ``replay_ratio``, so that every row counts alike.
+        weight: Weight w of the replayed rows' cross-entropy; null: their share of the window's rows.
         decay: Share of itself that the long-term memory keeps at every optimizer step.
         warmup: Use min(k / (k + 1), decay) at step k = 0, 1, ..., so that the start is forgotten sooner.
         consistency: Weight g of the mean squared difference between the two memories.
@@ -52,6 +52,8 @@ class ILoRA(Replay):
     """
 
     order: ClassVar[int] = 10
+
+    needs_anchors = True
 
     def __init__(
         self,

@@ -78,7 +78,7 @@ class Replay(Drawing):
     Args:
         replay_ratio: Replayed rows / (replayed + fresh rows) of a window. Where that is no whole number of rows, some
             windows hold one more than others.
-        weight: Weight w of the replayed rows' loss; null: ``replay_ratio``, so that every row counts alike.
+        weight: Weight w of the replayed rows' loss; null: their share of the window's rows: all rows count alike.
     """
 
     order: ClassVar[int] = 10
@@ -93,6 +93,7 @@ class Replay(Drawing):
         self.replay_ratio = replay_ratio
         self.weight = weight
         self._window: list[list[Sample]] = []  # replayed rows of the micro-batches that are left of this window
+        self._drawn = 0  # replayed rows of the whole window
         self._trained = self._tokens = torch.ones(())
 
     def shape_loss(
@@ -103,13 +104,14 @@ class Replay(Drawing):
         position = data.plan.locate(batch_idx)
         if position.task == 0:
             return loss
+        fresh = len(batch["rows"]) * data.plan.accumulate
         if position.micro == 0:
-            per_window = len(batch["rows"]) * data.plan.accumulate
-            self._draw_window(trainer, pl_module, position.task, rows_of_step(position.step, per_window * self._share))
+            self._drawn = rows_of_step(position.step, fresh * self._share)
+            self._draw_window(trainer, pl_module, position.task, self._drawn)
         if not self._window:
             return loss
         rows = self._window.pop(0)
-        weight = self.replay_ratio if self.weight is None else self.weight
+        weight = self._drawn / (self._drawn + fresh) if self.weight is None else self.weight
         loss = (1 - weight) * loss
         if not rows:
             return loss

@@ -30,9 +30,9 @@ def test_two_processes_give_the_fisher_and_the_run_of_one(tmp_path: Path) -> Non
     one, other = fisher(single), fisher(many)
     assert sum(float(value.sum()) for value in one["weights"].values()) > 0
     torch.testing.assert_close(other["weights"], one["weights"], rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(other["anchor"], one["anchor"], rtol=0, atol=1e-10)
+    torch.testing.assert_close(other["anchor"], one["anchor"], rtol=1e-9, atol=1e-10)
     # Two further tasks were learned under the penalty, whose gradient is therefore the same too.
-    torch.testing.assert_close(many.checkpoint["state_dict"], single.checkpoint["state_dict"], rtol=0, atol=1e-10)
+    torch.testing.assert_close(many.checkpoint["state_dict"], single.checkpoint["state_dict"], rtol=1e-9, atol=1e-10)
     free = fit_into(tmp_path, {**EXACT, **STEPS, "data.batch_size": 8}, folder="free")
     apart = [
         (value - free.checkpoint["state_dict"][name]).abs().max()
