@@ -59,7 +59,7 @@ class Telemetry(Callback):
         if not trainer.is_global_zero:
             return
         for strategy in strategies_of(trainer):
-            if isinstance(strategy, ILoRA):
+            if isinstance(strategy, ILoRA) and strategy.memory is not None:
                 values["slow_fast_distance"] = strategy.memory.distance()
         names = list(values)
         numbers = torch.stack([values[name].float() for name in names]).tolist()  # the one wait for the device
