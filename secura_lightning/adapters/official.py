@@ -5,7 +5,7 @@
     delta = x (C K R)^T,   r = |delta| / |y0|,   M = 2 - sigmoid(s r)        every output of every token
     y     = (y0 + (y0 + delta)) / M
 
-y0 is the base's output, bias included. ``official`` is what the authors' code runs; ``official_max`` is the line that
+y0 is the base's output, bias included. ``official`` is our reading of their code; ``official_max`` is the line that
 the code overwrites, with r / max(r) over the whole tensor in the place of r. Restated from behaviour that was measured
 on that code (the limits for small and large changes, the restraint's edge), not copied from it; the paper describes a
 norm of weights. Its oddities, each shown in a test:
