@@ -41,7 +41,7 @@ from secura_lightning.modeling.loss import ChunkedLoss, choose_loss, summed_cros
 from secura_lightning.modeling.packing import check_packing, packed_inputs
 from secura_lightning.modeling.shard import load_sharded
 from secura_lightning.schedule import Schedule
-from secura_lightning.strategies.base import check_resumed, complete, describe, strategies_of
+from secura_lightning.strategies.base import check_adapter, check_resumed, complete, describe, strategies_of
 
 
 class ContinualModule(LightningModule):
@@ -174,13 +174,9 @@ class ContinualModule(LightningModule):
         Raises:
             ConfigError: Strategies do not go together, or not with the adapter.
         """
-        for strategy in strategies_of(self.trainer):
-            if self.adapter.accumulates and strategy.needs_anchors:
-                raise ConfigError(
-                    f"trainer.callbacks.{type(strategy).__name__}: {type(self.adapter).__name__} takes new coordinates "
-                    "for every task, which nothing can hold on to: use LoRANullConfig, or a strategy such as ER"
-                )
-        return [*complete(strategies_of(self.trainer)), TaskStart(), TaskEnd()]
+        strategies = strategies_of(self.trainer)
+        check_adapter(strategies, self.adapter)
+        return [*complete(strategies), TaskStart(), TaskEnd()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the trained tensors alone, with a schedule that restarts at every task."""

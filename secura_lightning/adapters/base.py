@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from secura_lightning.adapters.numerics import dense_weight, is_linear, stored_layout, work_dtype
+from secura_lightning.adapters.numerics import dense_weight, is_linear, linear_shape, stored_layout, work_dtype
 from secura_lightning.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -28,6 +28,25 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`ConfigError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_size(key: str, size: int, name: str, base: nn.Module, limit: int | None = None) -> None:
+    """Raise :class:`ConfigError` where ``size``, the setting ``key``, is above what the linear module ``base`` allows.
+
+    Args:
+        key: Name of the setting.
+        size: Its value.
+        name: Dotted path of the module.
+        base: The linear module.
+        limit: The largest size; None for the smaller dimension of its weight.
+    """
+    rows, columns = linear_shape(base)
+    largest = min(rows, columns) if limit is None else limit
+    require(
+        size <= largest,
+        f"model.adapter.{key} is {size}, but {name} is {rows} x {columns}: use at most {largest}, or leave the module "
+        "out with model.adapter.exclude",
+    )
 
 
 class AdapterConfig(ABC):

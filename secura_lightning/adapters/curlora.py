@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secura_lightning.adapters.base import require
+from secura_lightning.adapters.base import require, require_size
 from secura_lightning.adapters.delta import DeltaConfig, DeltaLayer
 from secura_lightning.adapters.gather import add_gathered
 from secura_lightning.adapters.numerics import add_product, column_norms, dense_weight, row_products
@@ -110,13 +110,8 @@ class CURLoRAConfig(DeltaConfig):
 
     def build(self, name: str, base: nn.Module, generator: torch.Generator) -> CURLoRALayer:
         """Wrap ``base``; see :meth:`AdapterConfig.build`."""
+        require_size("rank", self.rank, name, base)
         layer = CURLoRALayer(base, self)
-        largest = min(layer.out_features, layer.in_features)
-        require(
-            self.rank <= largest,
-            f"model.adapter.rank is {self.rank}, but {name} is {layer.out_features} x {layer.in_features}: "
-            f"use at most {largest}, or leave the module out with model.adapter.exclude",
-        )
         layer.reset_parameters(generator)
         return layer
 

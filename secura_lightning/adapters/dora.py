@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secura_lightning.adapters.base import AdapterLayer, require
+from secura_lightning.adapters.base import AdapterLayer, require, require_size
 from secura_lightning.adapters.numerics import (
     add_product,
     dense_weight,
@@ -67,13 +67,7 @@ class DoRAConfig(PerTargetConfig):
 
     def build(self, name: str, base: nn.Module, generator: torch.Generator) -> DoRALayer:
         """Wrap ``base``; see :meth:`AdapterConfig.build`."""
-        rows, columns = linear_shape(base)
-        largest = min(rows, columns)
-        require(
-            self.rank <= largest,
-            f"model.adapter.rank is {self.rank}, but {name} is {rows} x {columns}: use at most {largest}, "
-            "or leave the module out with model.adapter.exclude",
-        )
+        require_size("rank", self.rank, name, base)
         layer = DoRALayer(base, self)
         layer.reset_parameters(generator)
         return layer

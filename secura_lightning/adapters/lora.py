@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secura_lightning.adapters.base import require
+from secura_lightning.adapters.base import require, require_size
 from secura_lightning.adapters.delta import DeltaConfig, DeltaLayer
 from secura_lightning.adapters.numerics import add_product
 
@@ -48,13 +48,8 @@ class LoRAConfig(DeltaConfig):
 
     def build(self, name: str, base: nn.Module, generator: torch.Generator) -> LoRALayer:
         """Wrap ``base``; see :meth:`AdapterConfig.build`."""
+        require_size("rank", self.rank, name, base)
         layer = LoRALayer(base, self)
-        largest = min(layer.out_features, layer.in_features)
-        require(
-            self.rank <= largest,
-            f"model.adapter.rank is {self.rank}, but {name} is {layer.out_features} x {layer.in_features}: "
-            f"use at most {largest}, or leave the module out with model.adapter.exclude",
-        )
         layer.reset_parameters(generator)
         return layer
 

@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secura_lightning.adapters.base import require
+from secura_lightning.adapters.base import require, require_size
 from secura_lightning.adapters.delta import DeltaConfig, DeltaLayer
-from secura_lightning.adapters.numerics import add_product, dense_weight, linear_shape
+from secura_lightning.adapters.numerics import add_product, dense_weight
 from secura_lightning.adapters.svd_init import StartedLayer
 
 Version = Literal["v1", "v2"]
@@ -98,13 +98,7 @@ class LoRANullConfig(DeltaConfig):
 
     def build(self, name: str, base: nn.Module, generator: torch.Generator) -> NullLayer:
         """Wrap ``base`` on a random basis; see :meth:`AdapterConfig.build`."""
-        rows, columns = linear_shape(base)
-        largest = min(rows, columns)
-        require(
-            self.rank <= largest,
-            f"model.adapter.rank is {self.rank}, but {name} is {rows} x {columns}: use at most {largest}, "
-            "or leave the module out with model.adapter.exclude",
-        )
+        require_size("rank", self.rank, name, base)
         layer = self._layer(base)
         layer.reset_parameters(generator)
         return layer

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secura_lightning.adapters.base import Fusion, require
+from secura_lightning.adapters.base import Fusion, require, require_size
 from secura_lightning.adapters.delta import DeltaConfig, DeltaLayer
 from secura_lightning.adapters.gather import add_gathered
 from secura_lightning.adapters.norm import Granularity
@@ -107,13 +107,8 @@ class SECURAConfig(DeltaConfig):
 
     def build(self, name: str, base: nn.Module, generator: torch.Generator) -> SECURALayer:
         """Wrap ``base``; see :meth:`AdapterConfig.build`."""
-        rows, columns = linear_shape(base)
-        for key, limit in (("c", min(rows, columns)), ("a", columns)):
-            require(
-                getattr(self, key) <= limit,
-                f"model.adapter.{key} is {getattr(self, key)}, but {name} is {rows} x {columns}: use at most {limit}, "
-                "or leave the module out with model.adapter.exclude",
-            )
+        require_size("c", self.c, name, base)
+        require_size("a", self.a, name, base, limit=linear_shape(base)[1])
         require(
             not (self.fusion == "base" and self.norm == "element" and is_quantized(base)),
             f"model.adapter.fusion: base with norm: element keeps a dense change beside {name}, larger than its "

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secura_lightning.adapters.base import require
+from secura_lightning.adapters.base import require, require_size
 from secura_lightning.adapters.delta import DeltaConfig, DeltaLayer
-from secura_lightning.adapters.numerics import add_product, dense_weight, linear_shape
+from secura_lightning.adapters.numerics import add_product, dense_weight
 
 _OVERSAMPLE = 10  # further directions of the randomized SVD, as torch.svd_lowrank advises
 
@@ -107,13 +107,7 @@ class SVDConfig(DeltaConfig):
 
     def build(self, name: str, base: nn.Module, generator: torch.Generator) -> StartedLayer:
         """Wrap ``base``; see :meth:`AdapterConfig.build`."""
-        rows, columns = linear_shape(base)
-        largest = min(rows, columns)
-        require(
-            self.rank <= largest,
-            f"model.adapter.rank is {self.rank}, but {name} is {rows} x {columns}: use at most {largest}, "
-            "or leave the module out with model.adapter.exclude",
-        )
+        require_size("rank", self.rank, name, base)
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
         layer = StartedLayer(base, self, self.rank, scale)
         with torch.no_grad():

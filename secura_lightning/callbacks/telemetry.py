@@ -22,7 +22,6 @@ from secura_lightning.callbacks import tensorboard
 from secura_lightning.data.task import Task
 from secura_lightning.errors import ConfigError
 from secura_lightning.strategies.base import strategies_of
-from secura_lightning.strategies.ilora import ILoRA
 
 _QUANTILES = {"q10": 0.1, "median": 0.5, "q90": 0.9, "max": 1.0}
 
@@ -59,8 +58,7 @@ class Telemetry(Callback):
         if not trainer.is_global_zero:
             return
         for strategy in strategies_of(trainer):
-            if isinstance(strategy, ILoRA) and strategy.memory is not None:
-                values["slow_fast_distance"] = strategy.memory.distance()
+            values |= strategy.telemetry()
         names = list(values)
         numbers = torch.stack([values[name].float() for name in names]).tolist()  # the one wait for the device
         tensorboard.log_scalars(

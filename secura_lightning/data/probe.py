@@ -148,7 +148,51 @@ class TaskProbe(Probe):
         ]
 
 
-class TextProbe(Probe):
+class DocumentsProbe(Probe):
+    """Perplexity of documents, without questions: what probes of text share.
+
+    Args:
+        path: A file; None for what the class itself knows.
+        documents: How the text is cut into documents.
+        name: Short name, for reports.
+        window: Tokens that the model reads at once; None for its context, at most 1024.
+        stride: Tokens by which windows advance; None for the window less one token.
+    """
+
+    def __init__(self, path: str | None, documents: str, name: str, window: int | None, stride: int | None) -> None:
+        super().__init__(name)
+        self.path = path
+        self.documents = documents
+        self.window, self.stride = _windows(window, stride)
+
+    @abstractmethod
+    def read_documents(self) -> list[str]:
+        """The documents; empty where the text is."""
+
+    def rows(self) -> list[Row]:
+        """No questions."""
+        return []
+
+    def texts(self) -> list[str]:
+        """The documents.
+
+        Raises:
+            SecuraError: The text cannot be found or read, or is empty.
+        """
+        return self._texts
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        try:
+            found = self.read_documents()
+        except SecuraError as error:
+            raise SecuraError(f"data.probe: {error}") from error
+        if not found:
+            raise SecuraError(f"data.probe: {self.path} holds no text")
+        return found
+
+
+class TextProbe(DocumentsProbe):
     """The perplexity of a text file: base knowledge of any model on its own kind of text, without questions.
 
     Args:
@@ -169,35 +213,14 @@ class TextProbe(Probe):
         window: int | None = None,
         stride: int | None = None,
     ) -> None:
-        super().__init__(name)
-        self.path = path
-        self.documents = documents
-        self.window, self.stride = _windows(window, stride)
+        super().__init__(path, documents, name, window, stride)
 
-    def rows(self) -> list[Row]:
-        """No questions."""
-        return []
-
-    def texts(self) -> list[str]:
-        """The file's documents.
-
-        Raises:
-            SecuraError: The file is missing, not UTF-8, or empty.
-        """
-        return self._texts
-
-    @cached_property
-    def _texts(self) -> list[str]:
-        try:
-            found = documents(read_text(self.path), blank_lines=self.documents == "blocks")
-        except SecuraError as error:
-            raise SecuraError(f"data.probe: {error}") from error
-        if not found:
-            raise SecuraError(f"data.probe: {self.path} holds no text")
-        return found
+    def read_documents(self) -> list[str]:
+        """The documents of the file."""
+        return documents(read_text(str(self.path)), blank_lines=self.documents == "blocks")
 
 
-class WikiText2(Probe):
+class WikiText2(DocumentsProbe):
     """Perplexity of WikiText-2's test text (Merity et al., arXiv 1609.07843), as CURLoRA reports its base knowledge.
 
     Published perplexities join the hub's lines by empty ones, and so does this; ``wiki.test.raw`` is taken as it is.
@@ -222,31 +245,13 @@ class WikiText2(Probe):
         window: int | None = None,
         stride: int | None = None,
     ) -> None:
-        super().__init__(name)
-        self.path = path
-        self.documents = documents
-        self.window, self.stride = _windows(window, stride)
+        super().__init__(path, documents, name, window, stride)
 
-    def rows(self) -> list[Row]:
-        """No questions."""
-        return []
-
-    def texts(self) -> list[str]:
-        """The test text.
-
-        Raises:
-            SecuraError: It cannot be found or read.
-        """
-        return self._texts
-
-    @cached_property
-    def _texts(self) -> list[str]:
-        try:
-            text = self._read()
-        except SecuraError as error:
-            raise SecuraError(f"data.probe: {error}") from error
+    def read_documents(self) -> list[str]:
+        """The test text, whole or cut into articles."""
+        text = self._read()
         if not text.strip():
-            raise SecuraError(f"data.probe: {self.path} holds no text")
+            return []
         if self.documents == "file":
             return [text.strip("\n")]
         starts = [0, *(found.start() for found in _ARTICLE.finditer(text)), len(text)]

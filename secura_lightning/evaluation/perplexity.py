@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secura_lightning.data.encode import IGNORED, encode_text, pad_id
+from secura_lightning.data.encode import IGNORED, encode_texts, pad_id
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.batching import LOGITS_BUDGET, batches, context_length, evaluating, left_pad
 
@@ -70,7 +70,7 @@ def token_loss(
     step = stride or length - 1
     if not 1 <= step < length:
         raise ConfigError(f"perplexity: stride={step} must be at least 1 and below max_length={length}")
-    encoded = [encode_text(tokenizer, text) for text in texts]
+    encoded = encode_texts(tokenizer, texts)
     cut = [(ids[start:end], end - first) for ids in encoded for start, first, end in windows(len(ids), length, step)]
     max_tokens = max(1, LOGITS_BUDGET // model.config.get_text_config().vocab_size)
     total, count = 0.0, 0

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_lightning.adapters import AdapterLayer, AdapterSet, describe_adapter
-from secura_lightning.data.encode import encode_row, encode_text, pad_id
+from secura_lightning.data.encode import encode_rows, encode_texts, pad_id
 from secura_lightning.data.read import documents, read_text
 from secura_lightning.data.task import Task
 from secura_lightning.errors import ConfigError, SecuraError
@@ -147,7 +147,7 @@ class TextCalibration(SizedCalibration):
 
     def sequences(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[list[int]]:
         """Windows drawn from all documents."""
-        encoded = [encode_text(tokenizer, text) for text in self._documents()]
+        encoded = encode_texts(tokenizer, self._documents())
         length = self.length(model)
         windows = [ids[start : start + length] for ids in encoded for start in range(0, len(ids), length)]
         return _draw(windows, self.samples, seed)
@@ -178,8 +178,8 @@ class TaskCalibration(SizedCalibration):
         length = self.length(model)
         rows = _draw(self.task.rows("train"), self.samples, seed)
         if self.task.is_text:
-            return [encode_text(tokenizer, row.answer)[:length] for row in rows]
-        return [list(encode_row(tokenizer, row, length, self.task.separator).ids) for row in rows]
+            return [ids[:length] for ids in encode_texts(tokenizer, [row.answer for row in rows])]
+        return [list(row.ids) for row in encode_rows(tokenizer, rows, length, self.task.separator)]
 
     def settings(self) -> dict[str, Any]:
         """Plain values that decide the text."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from secura_lightning.adapters import AdapterConfig
 from secura_lightning.errors import ConfigError, SecuraError
 
 
@@ -58,6 +59,10 @@ class Strategy(Callback):
     def evaluating(self, pl_module: LightningModule) -> AbstractContextManager[Any]:
         """A context in which the model answers as this strategy wants it to be judged; as it is by default."""
         return nullcontext()
+
+    def telemetry(self) -> dict[str, Tensor]:
+        """Scalars that describe its state, logged beside the adapters' own; none by default."""
+        return {}
 
     def outcome(self) -> dict[str, Any]:
         """What the run's report says of it, as plain values under a key of its own; nothing by default."""
@@ -117,6 +122,20 @@ def complete(strategies: Sequence[Strategy]) -> list[Strategy]:
                 "that replays, such as ER"
             )
     return [kind() for kind in needed if not any(isinstance(strategy, kind) for strategy in strategies)]
+
+
+def check_adapter(strategies: Sequence[Strategy], config: AdapterConfig) -> None:
+    """Refuse strategies that hold on to coordinates which the adapter replaces with every task.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for strategy in strategies:
+        if config.accumulates and strategy.needs_anchors:
+            raise ConfigError(
+                f"trainer.callbacks.{type(strategy).__name__}: {type(config).__name__} takes new coordinates "
+                "for every task, which nothing can hold on to: use LoRANullConfig, or a strategy such as ER"
+            )
 
 
 def check_resumed(then: dict[str, Any], now: dict[str, Any]) -> None:

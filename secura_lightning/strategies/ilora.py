@@ -117,6 +117,10 @@ class ILoRA(Replay):
         judged = self.memory is not None and self.evaluate_with == "long_term"
         return self.memory.active() if judged and self.memory is not None else nullcontext()
 
+    def telemetry(self) -> dict[str, Tensor]:
+        """The long-term memory's distance from the working one."""
+        return {} if self.memory is None else {"slow_fast_distance": self.memory.distance()}
+
     # -------------------------------------------------------------------- loss
 
     def replay_loss(self, trainer: Trainer, pl_module: LightningModule, replayed: Replayed, weight: float) -> Tensor:

@@ -71,10 +71,8 @@ class LwF(Strategy):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put back the previous adapters of a checkpoint."""
-        # Also in a new run, where nothing is restored: adapters that cannot be compared refuse now, not after a task.
-        memory = Memory(pl_module.adapters, self._restored or None)  # type: ignore[arg-type]
         if self._restored:
-            self.memory, self._restored = memory, {}
+            self.memory, self._restored = Memory(pl_module.adapters, self._restored), {}  # type: ignore[arg-type]
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, index: int, task: Any) -> None:
         """Remember the adapters as the earlier tasks left them."""
