@@ -91,7 +91,7 @@ class FitCLI(LightningCLI):
                 version = folder.name
                 step = read_checkpoint(self.resume_from)["global_step"] + 1
         return TensorBoardLogger(
-            self.config.save_dir, self.run_root.name, version, default_hp_metric=False, purge_step=step
+            self.config.save_dir, run_name(self.config), version, default_hp_metric=False, purge_step=step
         )
 
 

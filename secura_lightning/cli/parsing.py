@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -23,6 +23,9 @@ _CLASS_KEYS = ("adapter", "optimizer", "tasks", "probe", "callbacks", "logger", 
 
 class OneLineParser(LightningArgumentParser):
     """LightningCLI's parser, raising :class:`ConfigError` instead of printing its usage and exiting."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # a key means one thing, also in later versions
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the telling line of ``message``, with the nearest valid key."""
