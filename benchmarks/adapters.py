@@ -2,6 +2,7 @@
 
 Run:    OMP_NUM_THREADS=1 python -m benchmarks.adapters --json adapters.json
 Quick:  OMP_NUM_THREADS=1 python -m benchmarks.adapters --quick
+Some:   OMP_NUM_THREADS=1 python -m benchmarks.adapters --only "our LoRA" "our SECURA element"
 
 A step is forward, backward and AdamW over the trained tensors of a Llama-shaped stack (no embedding, no head, squared
 outputs as the loss) on 4 x 512 vectors. All contenders run once in every round, and a ratio is the median of the
@@ -12,6 +13,8 @@ Peak memory is what a whole training process needs: base, adapter, optimizer sta
 held beside them at any moment of a step (the profiler's allocation events on a CPU, so buffers that oneDNN allocates
 for itself are not in it; ``max_memory_allocated`` on a GPU).
 
+SECURA's `element` costs per weight, not per token: the 256 tokens of `--quick` overstate it in time and in memory.
+
 The dense constructions are what one would write first: W0 + norm(C K R) as a tensor in plain autograd.
 """
 
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,11 +275,12 @@ def _running_bytes(profiler: Any) -> Iterator[int]:
     yield from itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
 
 
-def measure(shape: Shape, device: str, rounds: int) -> list[Row]:
-    """Build all contenders of one shape, measure them, and compare."""
+def measure(shape: Shape, device: str, rounds: int, only: Sequence[str] = ()) -> list[Row]:
+    """Build the contenders of one shape (those of ``only``, or all), measure them, and compare."""
     torch.manual_seed(1)
     inputs = torch.randn(shape.batch, shape.length, shape.hidden, device=device, dtype=shape.dtype)
-    built = {name: Contender(adapt(shape.build(device)), inputs) for name, adapt in contenders(shape).items()}
+    chosen = {name: adapt for name, adapt in contenders(shape).items() if not only or name in only}
+    built = {name: Contender(adapt(shape.build(device)), inputs) for name, adapt in chosen.items()}
     print(f"{shape.name}: {len(built)} contenders, {rounds} rounds", file=sys.stderr)
     times = paired(built, rounds, measure=clock(device))
     peaks = {name: one.peak() for name, one in built.items()}
@@ -284,12 +288,12 @@ def measure(shape: Shape, device: str, rounds: int) -> list[Row]:
     rows = [
         compare_paired(f"{one}, s a step", times, one, peer, target)
         for one, peer, target in TIME_TARGETS
-        if peer in times
+        if one in times and peer in times
     ]
     rows += [
         compare(f"{one}, peak MiB", peaks[one], peer, peaks[peer], target)
         for one, peer, target in MEMORY_TARGETS
-        if peer in peaks
+        if one in peaks and peer in peaks
     ]
     return rows
 
@@ -297,14 +301,20 @@ def measure(shape: Shape, device: str, rounds: int) -> list[Row]:
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--rounds", type=int, help="rounds that count (5; 3 with --quick; 20 on a GPU)")
+    options.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="contenders to measure, such as our LoRA"
+    )
     chosen = options.parse_args()
+    unknown = sorted(set(chosen.only) - set(contenders(QUICK)))
+    if unknown:
+        options.error(f"--only names {unknown[0]!r}; there are {', '.join(contenders(QUICK))}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if chosen.quick:
         shapes, rounds = [QUICK], 3
     else:
         shapes, rounds = (gpu_shapes(), 20) if device == "cuda" else ([CPU], 5)
     for shape in shapes:
-        rows = measure(shape, device, chosen.rounds or rounds)
+        rows = measure(shape, device, chosen.rounds or rounds, chosen.only)
         path = chosen.json
         if path and len(shapes) > 1:
             path = f"{path.removesuffix('.json')}-{shapes.index(shape)}.json"

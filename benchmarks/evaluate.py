@@ -6,6 +6,9 @@
 One row at a time is the loop that people write: a prompt is encoded and run alone; of a multiple-choice row every
 (prompt, choice) pair is encoded and run as a sequence of its own; a document is scored alone. Generation uses the KV
 cache on both sides. The answers of both sides are compared before anything is timed.
+
+On one CPU thread a batch saves passes and repeated reading, but no arithmetic: what is bound by reading prompts cannot
+gain ten times there (docs/data.md).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_lightning.cli.fit import parse
 from secura_lightning.cli.inspect import InspectCLI
-from secura_lightning.data.encode import encode_answer, encode_prompt, encode_text
+from secura_lightning.data.encode import encode_answers, encode_texts, render_prompts
 from secura_lightning.data.rows import Row
 from secura_lightning.evaluation.choices import pick_choices
 from secura_lightning.evaluation.generate import generate
@@ -41,7 +44,7 @@ def generate_alone(
     decoder: Any = model
     answers = []
     for row in rows:
-        ids = torch.tensor([encode_prompt(tokenizer, row.prompt)], device=model.device)
+        ids = torch.tensor([render_prompts(tokenizer, [row.prompt])[0].ids], device=model.device)
         output = decoder.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, use_cache=True,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
@@ -59,8 +62,8 @@ def pick_alone(
     for row in rows:
         values = []
         for choice in row.choices:
-            prompt = encode_prompt(tokenizer, row.prompt)
-            answer = encode_answer(tokenizer, row.prompt, choice, separator)
+            prompt = render_prompts(tokenizer, [row.prompt])[0].ids
+            answer = encode_answers(tokenizer, [(row.prompt, choice)], separator)[0]
             ids = torch.tensor([prompt + answer], device=model.device)
             scores = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
             values.append(scores.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item())
@@ -75,7 +78,7 @@ def loss_alone(
     """Negative log-likelihood of documents, one window after another."""
     total, count = 0.0, 0
     for text in texts:
-        ids = encode_text(tokenizer, text)
+        ids = encode_texts(tokenizer, [text])[0]
         for start in range(0, max(1, len(ids) - 1), length - 1):
             part = torch.tensor([ids[start : start + length]], device=model.device)
             total += float(model(input_ids=part, labels=part, use_cache=False).loss) * (part.shape[1] - 1)

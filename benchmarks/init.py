@@ -3,12 +3,14 @@
 Run:    OMP_NUM_THREADS=1 python -m benchmarks.init --json init.json
 Quick:  OMP_NUM_THREADS=1 python -m benchmarks.init --quick
 
-* SECURA and CURLoRA against one pass over the weights: the norms of all their rows, nothing else.
+* SECURA and CURLoRA against one pass over the weights: the norms of all their rows, nothing else. They need the norms
+  of the columns too, and gather the chosen columns, a cache line for each number.
 * PiSSA against ``torch.linalg.svd`` of the same weights. A full SVD of one weight of each shape is timed once and
   counted as often as the block has that shape; the shapes' sum is the peer.
 * LoRA-Null's statistics against plain forward passes of the same model over the same sequences. Beside the block's own
   218M multiplications a token, G = sum x x^T of its four inputs takes 256M, of which symmetry leaves 128M; in fp64 each
-  costs a CPU two of fp32. So arithmetic alone makes 2.2 passes of it.
+  costs a CPU two of fp32. So arithmetic alone makes 2.2 passes of it, and would make 1.6 in fp32: the target of 1.3 is
+  below what any sum over all tokens takes.
 
 On a CPU with one thread the time is this process' CPU time; contenders run in turn.
 """

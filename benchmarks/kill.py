@@ -3,21 +3,25 @@
     python -m benchmarks.kill --kills 50 [--quick] [--json kills.json]
 
 Every run is a real `secura fit` process on the pocket model that gets SIGKILL at a drawn moment: after a step (the
-first and last of a task among them), during an evaluation, or while a checkpoint is half written. It is resumed with
+first and last of a task among them), during an evaluation (the report's or the guard's), while a checkpoint is half
+written, or at any time: a drawn part of a second after a step began, whatever it does then. It is resumed with
 `--ckpt_path last`, usually to be killed again, and once it ends its adapter tensors, optimizer and strategy states,
 random state and continual.json (times aside) must equal those of the uninterrupted run, bit for bit.
+
+The processes are forked from one that has imported everything, because that takes longer than such a run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,6 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-ROOT = Path(__file__).parents[1]
 STEPS = [4, 3, 4]
 CONFIG: dict[str, Any] = {
     "seed_everything": 11,
@@ -51,14 +54,21 @@ CONFIG: dict[str, Any] = {
 }
 EWC: dict[str, Any] = {"class_path": "EWC", "init_args": {"ewc_lambda": 10.0, "samples": 8}}
 GUARD: dict[str, Any] = {"class_path": "RetentionGuard", "init_args": {"floor": 0.9, "every_n_steps": 1, "limit": 8}}
+BUFFER: dict[str, Any] = {"class_path": "ReplayBuffer", "init_args": {"capacity": 6, "on_disk": True}}
 STRATEGIES: dict[str, list[Any]] = {
-    "EWC": [EWC],
     "ER+EWC": [{"class_path": "ER"}, EWC],
     "ILoRA": [{"class_path": "ILoRA"}],
+    "EWC": [EWC],
+    "ER on disk": [BUFFER, {"class_path": "ER"}],
     "guard stop": [GUARD],
     "guard dial": [{**GUARD, "init_args": {**GUARD["init_args"], "policy": "dial", "bisections": 2}}],
+    "ER": [{"class_path": "ER"}],
+    "DERPP": [{"class_path": "DERPP"}],
+    "AGEM": [{"class_path": "AGEM"}],
+    "LwF": [{"class_path": "LwF"}],
+    "L2SP": [{"class_path": "L2SP"}],
 }
-MOMENTS = ("step", "evaluation", "checkpoint")
+MOMENTS = ("step", "evaluation", "checkpoint", "any")
 PASSING = {"elapsed", "wall_time", "git_commit"}  # times, and what a commit in between changes
 
 
@@ -68,12 +78,15 @@ class Killer(Callback):
     Args:
         step: Optimizer steps after which it strikes.
         moment: ``step``: as that step is over; ``evaluation``: in the midst of the next one; ``checkpoint``: with half
-            of the next one on disk.
+            of the next one on disk; ``any``: ``delay`` after that step began, from another thread.
+        delay: Seconds.
     """
 
-    def __init__(self, step: int, moment: str) -> None:
+    def __init__(self, step: int, moment: str, delay: float = 0.0) -> None:
         self.step = step
         self.moment = moment
+        self.delay = delay
+        self._timed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stand where an evaluation or a checkpoint must pass."""
@@ -86,9 +99,10 @@ class Killer(Callback):
                     os.truncate(path, Path(path).stat().st_size // 2)
                     strike()
 
-            trainer.save_checkpoint = half  # type: ignore[method-assign]
+            trainer.save_checkpoint = half  # type: ignore[method-assign, assignment]
         elif self.moment == "evaluation":
             from secura_lightning.callbacks import forgetting
+            from secura_lightning.strategies import guard
 
             evaluate = forgetting.evaluate_probe
 
@@ -98,7 +112,15 @@ class Killer(Callback):
                     strike()
                 return result
 
-            forgetting.evaluate_probe = late
+            forgetting.evaluate_probe = guard.evaluate_probe = late
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Set the clock that strikes at any time."""
+        if self.moment == "any" and not self._timed and trainer.global_step + 1 >= self.step:
+            self._timed = True
+            timer = threading.Timer(self.delay, strike)
+            timer.daemon = True  # a run that ends first is not waited for
+            timer.start()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Strike after a step, before anything is saved."""
@@ -109,6 +131,24 @@ class Killer(Callback):
 def strike() -> None:
     """SIGKILL: nothing that is only in memory survives."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _processes() -> Any:
+    """Where processes are forked from: a server of its own that has imported the command, and holds no model."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["secura_lightning.cli.fit"])
+    return found
+
+
+def _secura(arguments: list[str], log: str) -> None:
+    """What a process does: the command, with its output in a file."""
+    from secura_lightning.cli.main import main as secura
+
+    with open(log, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(secura(arguments))
 
 
 class Runs:
@@ -124,20 +164,21 @@ class Runs:
         """Start a run or resume it from its last checkpoint, in a process of its own; the exit status."""
         config = json.loads(json.dumps({**self.config, "name": name}))
         if killer is not None:
-            arguments = {"step": killer.step, "moment": killer.moment}
+            arguments = {"step": killer.step, "moment": killer.moment, "delay": killer.delay}
             config["trainer"]["callbacks"].append({"class_path": "benchmarks.kill.Killer", "init_args": arguments})
         file = self.root / f"{name}.yaml"
         file.write_text(yaml.safe_dump(config))
-        command = [sys.executable, "-m", "secura_lightning", "fit", "--config", str(file), "--save_dir", str(self.root)]
+        command = ["fit", "--config", str(file), "--save_dir", str(self.root)]
         if list((self.root / name).glob("version_*/checkpoints/last.ckpt")):
             command += ["--ckpt_path", "last"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode not in (0, -signal.SIGKILL):
-            raise RuntimeError(
-                f"secura fit failed after {killer and (killer.step, killer.moment)}:\n{done.stderr[-3000:]}"
-            )
-        return done.returncode
+        log = self.root / f"{name}.log"
+        process = _processes().Process(target=_secura, args=(command, str(log)))
+        process.start()
+        process.join()
+        if process.exitcode not in (0, -signal.SIGKILL):
+            told = log.read_text(encoding="utf-8")[-3000:]
+            raise RuntimeError(f"secura fit failed after {killer and (killer.step, killer.moment)}:\n{told}")
+        return process.exitcode
 
     def result(self, name: str) -> dict[str, Any]:
         """What must be equal: the last checkpoint and the report."""
@@ -169,14 +210,19 @@ def differences(left: Any, right: Any, where: str = "") -> Iterator[str]:
 
 
 def schedule(generator: random.Random, kills: int) -> list[Killer]:
-    """Moments of one run in the order in which they come, first and last steps of tasks drawn more often."""
+    """Moments of one run in the order in which they come, first and last steps of tasks drawn more often.
+
+    Step 0 is before the first one: the untouched base is evaluated there.
+    """
     total = sum(STEPS)
     ends = [sum(STEPS[: i + 1]) for i in range(len(STEPS))]
     edges = sorted({1, *ends, *(end + 1 for end in ends[:-1])})
     moments = []
     for _ in range(kills):
-        step = generator.choice(edges) if generator.random() < 0.5 else generator.randint(1, total)
-        moments.append(Killer(step, generator.choice(MOMENTS)))
+        moment = generator.choice(MOMENTS)
+        first = 0 if moment == "evaluation" else 1
+        step = generator.choice(edges) if generator.random() < 0.5 else generator.randint(first, total)
+        moments.append(Killer(step, moment, round(generator.uniform(0, 1.5), 3)))
     return sorted(moments, key=lambda killer: killer.step)
 
 
@@ -214,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the soak; the exit status is 1 when anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="how many (50)")
-    parser.add_argument("--per-run", type=int, default=5, help="most kills of one run (5)")
+    parser.add_argument("--per-run", type=int, default=4, help="most kills of one run (4)")
     parser.add_argument("--only", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), help="these strategies")
     parser.add_argument("--quick", action="store_true", help="3 kills of EWC alone")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (0)")

@@ -1,27 +1,31 @@
 """What a strategy costs per optimizer step, as a ratio against the plain sequence.
 
-    python -m benchmarks.strategies [--quick] [--json strategies.json]
+    python -m benchmarks.strategies [--adapter lora | secura] [--rows 8] [--quick] [--json strategies.json]
 
 All contenders train at the same time in one process, each in its own `trainer.fit` that is let through one step after
-another in turn, so that whatever slows the machine slows all of them. Steps are of the second task, where penalties
+another in turn, so that whatever slows the machine slows all of them. On a CPU the seconds are those that the run's own
+thread was given, one thread each, so that other programs do not count. Steps are of the second task, where penalties
 pull and buffers replay, over rows of one length. Replay processes further sequences, so ER is measured against a plain
 run on as many sequences a step, and I-LoRA against one that also runs the long-term memory's forward on half of them.
+With few short rows (--quick) what a forward costs whatever its size shows most.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from benchmarks._common import Row, compare, finish, paired, parser, tabulate
-from secura_lightning.adapters import LoRAConfig
+from benchmarks._common import Row, compare, finish, paired, parser, seconds, tabulate
+from secura_lightning.adapters import AdapterConfig, LoRAConfig, SECURAConfig
 from secura_lightning.data.rows import Row as DataRow
 from secura_lightning.data.sequence import SequenceDataModule
 from secura_lightning.data.task import Split, Task
@@ -68,12 +72,16 @@ class Turnstile(Callback):
         self.free = free  # batches that pass unasked
         self.arrived = threading.Semaphore(0)
         self.open = threading.Semaphore(0)
+        self.seconds = 0.0  # from the last opening to the last arrival, of this thread alone
+        self._opened = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Wait."""
         if batch_idx >= self.free:
+            self.seconds = time.thread_time() - self._opened
             self.arrived.release()
             self.open.acquire()
+            self._opened = time.thread_time()
 
 
 class Contender:
@@ -81,18 +89,27 @@ class Contender:
 
     Args:
         root: Folder for whatever Lightning writes.
+        adapter: What it trains.
         strategies: What it trains with.
         batch_size: Rows a step.
         steps: Steps that it can be asked for.
         length: Tokens of a row.
     """
 
-    def __init__(self, root: str, strategies: Sequence[Strategy], batch_size: int, steps: int, length: int) -> None:
+    def __init__(
+        self,
+        root: str,
+        adapter: AdapterConfig,
+        strategies: Sequence[Strategy],
+        batch_size: int,
+        steps: int,
+        length: int,
+    ) -> None:
         first = 3
         self.gate = Turnstile(first + 1)
         self.failure: BaseException | None = None
         self.module = ContinualModule(
-            adapter=LoRAConfig(rank=16), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
+            adapter=adapter, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
         )
         self.data = SequenceDataModule(
             tasks=[Text("first"), Text("second")], batch_size=batch_size, max_length=length,
@@ -125,12 +142,30 @@ class Contender:
         self.gate.open.release()
         self._wait()
 
+    def seconds(self) -> float:
+        """What a step took: wall time to the end of what it started on a GPU, else time of the run's own thread."""
+        if torch.cuda.is_available():
+            return seconds(self.step)
+        self.step()
+        return self.gate.seconds
+
+
+ADAPTERS: dict[str, AdapterConfig] = {"lora": LoRAConfig(rank=16), "secura": SECURAConfig()}
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    options = parser(__doc__ or "")
+    options.add_argument("--adapter", choices=ADAPTERS, default="lora", help="LoRA of rank 16, or SECURA as it ships")
+    options.add_argument("--rows", type=int, default=8, help="fresh rows a step (8)")
+    return options.parse_args(arguments)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure; the exit status is 1 when a target is missed."""
-    options = parser(__doc__ or "").parse_args(arguments)
-    rows, length, rounds = (2, 32, 2) if options.quick else (8, 128, 30)
-    warmup = 1 if options.quick else 3
+    options = _options(arguments)
+    rows, length, rounds = (2, 32, 12) if options.quick else (options.rows, 128, 30)
+    warmup, adapter = 3, ADAPTERS[options.adapter]
+    torch.set_num_threads(1)
     made: dict[str, tuple[list[Strategy], int]] = {
         "SEQ": ([], rows),
         "EWC": ([EWC(samples=2 * rows)], rows),
@@ -144,10 +179,12 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     with TemporaryDirectory() as root:
         runs = {
-            name: Contender(root, strategies, size, rounds + warmup, length)
+            name: Contender(root, adapter, strategies, size, rounds + warmup, length)
             for name, (strategies, size) in made.items()
         }
-        found = paired({name: run.step for name, run in runs.items()}, rounds, warmup)
+        found = paired(
+            {name: run.seconds for name, run in runs.items()}, rounds, warmup, lambda step: cast(float, step())
+        )
     tabulate(found, "seconds a step")
     pairs = [
         ("EWC", "SEQ", 1.05), ("L2SP", "SEQ", None), ("ER", "SEQ, twice the rows", 1.05),
@@ -157,7 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
     table: list[Row] = [
         compare(f"{name} (s/step)", found[name].median, peer, found[peer].median, most) for name, peer, most in pairs
     ]
-    finish(table, options.json, f"Cost of a strategy per step: pocket, LoRA r16, {rows} rows of {length} tokens")
+    finish(
+        table, options.json, f"Cost of a strategy per step: pocket, {options.adapter}, {rows} rows of {length} tokens"
+    )
     return 0 if all(row.met is not False for row in table) else 1
 
 

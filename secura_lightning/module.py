@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +20,12 @@ from secura_lightning import rng
 from secura_lightning._version import __version__
 from secura_lightning.adapters import AdapterConfig, AdapterSet, Fusion, SECURAConfig, describe_adapter, inject
 from secura_lightning.callbacks.tasks import TaskEnd, TaskStart
+from secura_lightning.data.encode import pad_id
 from secura_lightning.data.sequence import SequenceDataModule
 from secura_lightning.engine import ShardedStrategy, refuse_strategies
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.export.saved import start_from
-from secura_lightning.modeling.calibrate import Calibration, SelfCalibration, accumulate, calibrate
+from secura_lightning.modeling.calibrate import Calibration, SelfCalibration, TaskCalibration, accumulate, calibrate
 from secura_lightning.modeling.load import (
     BaseSpec,
     ComputeType,
@@ -40,8 +42,10 @@ from secura_lightning.modeling.load import (
 from secura_lightning.modeling.loss import ChunkedLoss, choose_loss, summed_cross_entropy
 from secura_lightning.modeling.packing import check_packing, packed_inputs
 from secura_lightning.modeling.shard import load_sharded
+from secura_lightning.resumed import first_difference
 from secura_lightning.schedule import Schedule
 from secura_lightning.strategies.base import check_adapter, check_resumed, complete, describe, strategies_of
+from secura_lightning.strategies.joint import chunked_parts, join
 
 
 class ContinualModule(LightningModule):
@@ -204,18 +208,36 @@ class ContinualModule(LightningModule):
                 return None
             # Ranks must all reduce: gradients of zero, which the strategy takes away before the optimizer sees them.
             return torch.stack([p.sum() for p in self.adapters.trainable_parameters()]).sum() * 0.0
-        logits = self.logits(batch) if any(strategy.needs_logits for strategy in strategies) else None
-        total = self.answer_loss(batch) if logits is None else summed_cross_entropy(logits, batch["labels"])
+        found = [strategy.rows_beside(self.trainer, self, batch, batch_idx) for strategy in strategies]
+        beside = next((rows for rows in found if rows is not None), None)  # one strategy replays at most
+        joint = None if beside is None else join(batch, beside, pad_id(self.tokenizer))
+        sizes = [len(rows["input_ids"]) for rows in ((batch, beside) if beside and joint else (batch,))]
+        with ExitStack() as stack:
+            for strategy in strategies:
+                stack.enter_context(strategy.watching(self))
+            needed = any(strategy.needs_logits for strategy in strategies)
+            losses, logits = self._losses(joint or batch, sizes, needed)
+        total = losses[0]
         # Lightning divides by the micro-batches and DDP by the ranks: undo both, the window's count replaces them.
         share = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["window_tokens"]
         loss = total * share
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
         self.log("train/padding_efficiency", batch["padding_efficiency"], batch_size=len(batch["input_ids"]))
+        passed: dict[str, Any] = {} if joint is None else {"beside_loss": losses[1]}
         if logits is not None:
-            batch = {**batch, "logits": logits}  # a copy: Lightning keeps the batch itself until the step is over
+            passed["logits"] = logits[: sizes[0], : batch["input_ids"].shape[1]]
+        batch = {**batch, **passed}  # a copy: Lightning keeps the batch itself until the step is over
         for strategy in strategies:
             loss = strategy.shape_loss(self.trainer, self, loss, batch, batch_idx)
         return loss
+
+    def _losses(self, batch: dict[str, Any], sizes: list[int], needed: bool) -> tuple[list[Tensor], Tensor | None]:
+        """Summed cross-entropy of each part of a batch, whose parts have ``sizes`` rows; the logits, where needed."""
+        if self._chunked is not None and not needed:
+            return chunked_parts(self._chunked, packed_inputs(batch), batch["labels"], sizes), None
+        logits, labels = self.logits(batch), batch["labels"]
+        parts = zip(logits.split(sizes), labels.split(sizes), strict=True)
+        return [summed_cross_entropy(part, wanted) for part, wanted in parts], logits if needed else None
 
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """The model's logits for a batch, ``[b, t, v]``."""
@@ -230,6 +252,8 @@ class ContinualModule(LightningModule):
     def on_fit_start(self) -> None:
         """Calibrate what starts from calibration text, unless a checkpoint brought the start (it is loaded by now), and
         make sure that packed rows stay apart."""
+        if isinstance(self.calibration, TaskCalibration):  # rendered as the tasks of the sequence are
+            self.calibration.task.chat, self.calibration.task.system = self._data.chat, self._data.system
         calibrate(self.adapters, self.tokenizer, self.calibration, self.base_fingerprint, self.seed)
         with self.trainer.precision_plugin.forward_context():
             self._chunked = choose_loss(self.model, self.chunked_loss)
@@ -323,13 +347,12 @@ def check_identity(then: dict[str, Any], now: dict[str, Any]) -> None:
     """
     parts = {"base": "model", "adapter": "model.adapter", "calibration": "model.calibration"}
     for part, yaml in parts.items():
-        before = then.get(part, {})
-        for key, value in now[part].items():
-            if before.get(key) != value:
-                raise SecuraError(
-                    f"--ckpt_path: the checkpoint has {yaml}.{key}={before.get(key)}, this configuration has "
-                    f"{value}; resume with the configuration that wrote it"
-                )
+        if found := first_difference(then.get(part, {}), now[part], assumed={}):
+            key, before, value = found
+            raise SecuraError(
+                f"--ckpt_path: the checkpoint has {yaml}.{key}={before}, this configuration has {value}; resume with "
+                "the configuration that wrote it"
+            )
     if then["base_fingerprint"] != now["base_fingerprint"]:
         raise SecuraError(
             f"--ckpt_path: the checkpoint belongs to other base weights than model.base={now['base']['base']} "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -223,11 +223,12 @@ class AdapterLayer(nn.Module, ABC):
             base = dense_weight(self.base).to(self.work_dtype)
             return {"relative_change": self.delta_weight().norm() / base.norm().clamp_min(torch.finfo(base.dtype).tiny)}
 
-    def calibrate(self, gram: Tensor) -> None:
+    def calibrate(self, gram: Tensor, others: Sequence[AdapterLayer] = ()) -> None:
         """Take the start from calibration text, before any training. Nothing by default.
 
         Args:
             gram: [in, in] sum of x x^T over the layer's inputs x, in fp64 on the layer's device.
+            others: Further layers that read the same input, which take their starts too.
         """
 
     def fits(self, name: str, shape: torch.Size) -> bool:

@@ -6,7 +6,8 @@
 
 J and I are drawn against their weight: with p_j = ||W0_:j||^2 / ||W0||_F^2, a column is drawn by
 p~_j = (1/p_j) / sum(1/p), so that the change lives where the base says least; rows likewise. x R^T is gathered from the
-base's output (:mod:`secura_lightning.adapters.gather`).
+base's output (:mod:`secura_lightning.adapters.gather`), except on a module with a bias and under ``norm: element``,
+which keep R, as in :mod:`secura_lightning.adapters.secura`.
 
 The authors' code draws by 1 / (p + 1e-3), which is almost uniform at 4096 columns (``inverse_smoothed``), and with
 replacement, so that C may hold a column twice; here draws are without replacement unless asked for.
@@ -24,7 +25,13 @@ from torch import Tensor, nn
 from secura_lightning.adapters.base import require, require_size
 from secura_lightning.adapters.delta import DeltaConfig, DeltaLayer
 from secura_lightning.adapters.gather import add_gathered
-from secura_lightning.adapters.numerics import add_product, column_norms, dense_weight, row_products
+from secura_lightning.adapters.numerics import (
+    add_product,
+    dense_weight,
+    row_and_column_norms,
+    row_products,
+    work_dtype,
+)
 
 Selection = Literal["inverse", "inverse_smoothed", "smallest", "uniform"]
 
@@ -111,9 +118,7 @@ class CURLoRAConfig(DeltaConfig):
     def build(self, name: str, base: nn.Module, generator: torch.Generator) -> CURLoRALayer:
         """Wrap ``base``; see :meth:`AdapterConfig.build`."""
         require_size("rank", self.rank, name, base)
-        layer = CURLoRALayer(base, self)
-        layer.reset_parameters(generator)
-        return layer
+        return CURLoRALayer(base, self, generator)
 
 
 class CURLoRALayer(DeltaLayer):
@@ -122,6 +127,7 @@ class CURLoRALayer(DeltaLayer):
     Args:
         base: The frozen linear module.
         config: The settings.
+        generator: CPU generator of the draws.
 
     Attributes:
         U: [r, r] trained, zero at the start.
@@ -135,30 +141,27 @@ class CURLoRALayer(DeltaLayer):
     right_basis: Tensor | None
     right_gram: Tensor | None
 
-    def __init__(self, base: nn.Module, config: CURLoRAConfig) -> None:
-        super().__init__(base, config)
+    def __init__(self, base: nn.Module, config: CURLoRAConfig, generator: torch.Generator) -> None:
+        weight = dense_weight(base)
+        row_norm, column_norm = row_and_column_norms(weight, work_dtype(base))
+        super().__init__(base, config, row_norm)
         self.config = config
+        how = (config.rank, config.selection, config.replacement, generator)
+        self.register_buffer("columns", draw(column_norm, *how))
+        self.register_buffer("rows", draw(row_norm, *how))
         self.U = nn.Parameter(self.new_zeros(config.rank, config.rank))
-        for name in ("columns", "rows"):
-            self.register_buffer(name, torch.zeros(config.rank, dtype=torch.int64, device=self.U.device))
         for name in ("left_basis", "right_basis", "right_gram"):
             self.register_buffer(name, None, persistent=False)
+        self._take_bases(weight)
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw columns and rows; U zero."""
-        column_norm = column_norms(dense_weight(self.base), self.work_dtype)
-        how = (self.config.rank, self.config.selection, self.config.replacement, generator)
-        self.columns.copy_(draw(column_norm, *how))
-        self.rows.copy_(draw(self.base_norm, *how))
-        self.U.zero_()
-        self.refresh()
-
-    @torch.no_grad()
     def refresh(self) -> None:
         """Take C, and where needed R, from W0 by the ids."""
-        weight = dense_weight(self.base)
-        self.left_basis = weight[:, self.columns].to(self.work_dtype)
+        self._take_bases(dense_weight(self.base))
+
+    @torch.no_grad()
+    def _take_bases(self, weight: Tensor) -> None:
+        # index_select: on a CPU a quarter of indexing's time.
+        self.left_basis = weight.index_select(1, self.columns).to(self.work_dtype)
         right = weight[self.rows].to(self.work_dtype)
         # Only these two need R itself; everything else gathers x R^T from the base's output.
         self.right_basis = right if self.norm.granularity == "element" or self.base.bias is not None else None

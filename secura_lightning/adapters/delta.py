@@ -69,6 +69,7 @@ class DeltaLayer(AdapterLayer):
     Args:
         base: ``nn.Linear``, transformers' ``Conv1D`` or a bitsandbytes layer.
         config: Settings that all such adapters share.
+        base_norm: [out] norms of W0's rows in the working type, where the method knows them already.
 
     Attributes:
         base_norm: [out] norms of W0's rows.
@@ -78,14 +79,15 @@ class DeltaLayer(AdapterLayer):
     base_norm: Tensor
     bias_change: nn.Parameter | None
 
-    def __init__(self, base: nn.Module, config: DeltaConfig) -> None:
+    def __init__(self, base: nn.Module, config: DeltaConfig, base_norm: Tensor | None = None) -> None:
         super().__init__(base)
         self.out_features, self.in_features = linear_shape(base)
         self.norm = config.smagnorm()
-        norms = torch.linalg.vector_norm(dense_weight(base), dim=1, dtype=self.work_dtype)
-        self.floor = self.norm.floor(norms, self.in_features)
+        if base_norm is None:
+            base_norm = torch.linalg.vector_norm(dense_weight(base), dim=1, dtype=self.work_dtype)
+        self.floor = self.norm.floor(base_norm, self.in_features)
         self.smallest_norm = self.floor * self.in_features**0.5
-        self.register_buffer("base_norm", norms, persistent=False)
+        self.register_buffer("base_norm", base_norm, persistent=False)
         change = nn.Parameter(self.new_zeros(self.out_features)) if config.bias else None
         self.register_parameter("bias_change", change)
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secura_lightning.adapters.base import require, require_size
+from secura_lightning.adapters.base import AdapterLayer, require, require_size
 from secura_lightning.adapters.delta import DeltaConfig, DeltaLayer
 from secura_lightning.adapters.numerics import add_product, dense_weight
 from secura_lightning.adapters.svd_init import StartedLayer
@@ -49,9 +50,13 @@ def null_basis(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         P [in, rank] with orthonormal columns, in fp64; and the leakage ||X P|| / ||X||, a scalar.
     """
     values, vectors = torch.linalg.eigh(gram.double())
+    return vectors[:, :rank], leakage_of(values, rank)
+
+
+def leakage_of(values: Tensor, rank: int) -> Tensor:
+    """||X P|| / ||X||, a scalar, of the ``rank`` first of the ascending eigenvalues [in] of X^T X."""
     values = values.clamp_min(0)
-    leakage = (values[:rank].sum() / values.sum().clamp_min(torch.finfo(values.dtype).tiny)).sqrt()
-    return vectors[:, :rank], leakage
+    return (values[:rank].sum() / values.sum().clamp_min(torch.finfo(values.dtype).tiny)).sqrt()
 
 
 def null_start(weight: Tensor, null: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
@@ -134,12 +139,15 @@ class NullLayer(DeltaLayer):
         self._start_at(torch.linalg.qr(probe).Q.to(self.base_norm.device))
 
     @torch.no_grad()
-    def calibrate(self, gram: Tensor) -> None:
-        """Take the start from the second moments [in, in] of the layer's input."""
-        null, leakage = null_basis(gram, self.config.rank)
-        self._start_at(null)
-        self.leakage.copy_(leakage)
-        self.calibrated = True
+    def calibrate(self, gram: Tensor, others: Sequence[AdapterLayer] = ()) -> None:
+        """Take the start from the second moments [in, in] of the input; one decomposition serves all who read it."""
+        values, vectors = torch.linalg.eigh(gram.double())
+        for layer in (self, *others):
+            assert isinstance(layer, NullLayer)
+            rank = layer.config.rank
+            layer._start_at(vectors[:, :rank])
+            layer.leakage.copy_(leakage_of(values, rank))
+            layer.calibrated = True
 
     def _start_at(self, null: Tensor) -> None:
         self.set_start(*null_start(dense_weight(self.base), null, self.config.basis))

@@ -131,17 +131,26 @@ def add_product(base_output: Tensor, features: Tensor, left: Tensor, alpha: floa
     return flat.view(base_output.shape)
 
 
-def column_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[in] norms of the columns of ``weight`` [out, in], computed in ``dtype``, block of rows by block of rows.
+def row_and_column_norms(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[out] and [in] norms of the rows and columns of ``weight`` [out, in], computed in ``dtype``.
 
-    ``vector_norm(dim=0)`` walks down the columns of a row-major matrix: on a CPU that takes twenty times as long.
+    On a CPU in one reading of the weight: ``vector_norm(dim=0)`` walks down the columns of a row-major matrix, which
+    takes ten times as long as along its rows.
     """
-    height = max(1, (_CPU_BLOCK if weight.device.type == "cpu" else _GPU_BLOCK) // weight.shape[1])
-    total = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
-    ones = total.new_ones(min(height, len(weight)))
-    for block in weight.split(height):
-        total.addmv_(block.to(dtype).square().t(), ones[: len(block)])
-    return total.sqrt_()
+    if weight.device.type != "cpu":
+        rows, columns = (torch.linalg.vector_norm(weight, dim=dim, dtype=dtype) for dim in (1, 0))
+        return rows, columns
+    if not weight.is_contiguous() and weight.t().is_contiguous():  # Conv1D's
+        columns, rows = row_and_column_norms(weight.t(), dtype)
+        return rows, columns
+    height = max(1, _CPU_BLOCK // weight.shape[1])
+    rows = weight.new_empty(len(weight), dtype=dtype)
+    squares = weight.new_zeros(min(height, len(weight)), weight.shape[1], dtype=dtype)  # [i] of rows i, i + height, ...
+    for block, norms in zip(weight.split(height), rows.split(height), strict=True):
+        wide = block.to(dtype)
+        torch.linalg.vector_norm(wide, dim=1, out=norms)
+        squares[: len(wide)].addcmul_(wide, wide)
+    return rows, squares.sum(0).sqrt_()
 
 
 def row_blocks(weight: Tensor) -> Iterator[slice]:

@@ -22,6 +22,7 @@ from secura_lightning.data.task import Split, Task
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.evaluate import ProbeScore, TaskScore, evaluate_probe, evaluate_task
 from secura_lightning.metrics.text import check_metric
+from secura_lightning.resumed import first_difference
 from secura_lightning.strategies.base import describe, strategies_of
 
 
@@ -76,13 +77,13 @@ class ForgettingMonitor(Callback):
         Raises:
             ConfigError: Its rows were measured otherwise than this configuration measures.
         """
-        for key, now in self._settings().items():
-            then = state_dict.get("settings", {}).get(key, now)  # checkpoints of 0.1.0 lack them
-            if then != now:
-                raise ConfigError(
-                    f"forgetting.{key}: the checkpoint's rows were measured with {then}, this configuration has {now}; "
-                    "one matrix needs one measure: resume with the same"
-                )
+        found = first_difference(state_dict.get("settings", {}), self._settings())  # checkpoints of 0.1.0 lack them
+        if found:
+            key, then, now = found
+            raise ConfigError(
+                f"forgetting.{key}: the checkpoint's rows were measured with {then}, this configuration has {now}; "
+                "one matrix needs one measure: resume with the same"
+            )
         self.rows = list(state_dict["rows"])
         self._elapsed = state_dict["elapsed"]
         self._started = time.monotonic()
@@ -151,7 +152,7 @@ class ForgettingMonitor(Callback):
             "after": after,
             "step": trainer.global_step,
             "tasks": [score.summary() for score in scores],
-            "base": report.base_of(base) if base else None,
+            "base": {**report.base_of(base), "part": getattr(_probe(trainer), "part", "whole")} if base else None,
         }
         self.rows = [*kept, row]
         self._write(trainer, pl_module, scores, base)

@@ -57,8 +57,9 @@ def build(rows: Sequence[Measurement], tasks: Sequence[str], meta: dict[str, Any
 
     Returns:
         ``tasks``; ``matrix``, T+1 rows with null where missing; ``base_knowledge``, columns parallel to the matrix's
-        rows (null without a probe); ``metrics``; ``steps``, the global step of each row; ``details``, per row and task
-        the metric, number of rows, interval, chance and majority values; ``meta``.
+        rows, with the probe's name and the ``part`` of it that is scored (null without a probe); ``metrics``;
+        ``steps``, the global step of each row; ``details``, per row and task the metric, number of rows, interval,
+        chance and majority values; ``meta``.
     """
     n = len(tasks)
     place = {row["after"]: row for row in rows}
@@ -68,6 +69,7 @@ def build(rows: Sequence[Measurement], tasks: Sequence[str], meta: dict[str, Any
     if probe:
         base = {
             "probe": probe["probe"],
+            "part": _part(probe),
             "accuracy": [row and row["base"]["accuracy"] for row in ordered],
             "interval": [row and row["base"].get("interval") for row in ordered],
             "perplexity": [row and row["base"]["perplexity"] for row in ordered],
@@ -84,6 +86,17 @@ def build(rows: Sequence[Measurement], tasks: Sequence[str], meta: dict[str, Any
         "meta": meta,
     }
     return _without_nan(report)
+
+
+def _part(base: dict[str, Any]) -> str:
+    """The part of the probe that a measurement or a report is of."""
+    part: str = base.get("part", "whole")  # reports of 0.1.0 lack it
+    return part
+
+
+def _column(base: dict[str, Any]) -> str:
+    """Head of the table's column of base knowledge, which says where a part of the probe alone is scored."""
+    return "base" if _part(base) == "whole" else f"base {_part(base)}"
 
 
 def _by_kind(rows: Sequence[Measurement], n_tasks: int) -> dict[str, list[float | None]]:
@@ -145,7 +158,7 @@ def write_atomically(path: Path, text: str) -> None:
 def table(report: dict[str, Any]) -> str:
     """The run at a glance: a line per evaluation, the newest one's intervals, the guessing scores, then the metrics."""
     base = report["base_knowledge"]
-    lines = [["after", *report["tasks"], *(["base", "ppl"] if base else [])]]
+    lines = [["after", *report["tasks"], *([_column(base), "ppl"] if base else [])]]
     for t, cells in enumerate(report["matrix"]):
         if report["steps"][t] is not None:
             line = ["(base)" if t == 0 else f"{t} {report['tasks'][t - 1]}", *map(_number, cells)]

@@ -6,6 +6,7 @@ Lightning sees one long epoch; these two callbacks turn positions in it into hoo
     on_task_end(trainer, pl_module, index, task)     after the task's last optimizer step, before a checkpoint is saved
 
 Order at a task's end: strategies, then the module (adapters fuse), then everything else (evaluation), then checkpoints.
+While a strategy lets steps pass, adapters do nothing after them: what it holds stays what it is.
 """
 
 from __future__ import annotations
@@ -45,15 +46,16 @@ class TaskEnd(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Tell the module of every whole optimizer step, and everyone of a finished task."""
+        """Tell the module of every whole optimizer step that was taken, and everyone of a finished task."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if (batch_idx + 1) % data.plan.accumulate == 0:
+        strategies = strategies_of(trainer)
+        if (batch_idx + 1) % data.plan.accumulate == 0 and not any(strategy.skipping for strategy in strategies):
             pl_module.on_step_end()  # type: ignore[operator]
         if not data.plan.ends_task(batch_idx):
             return
         index = data.plan.locate(batch_idx).task
         callbacks = [c for c in trainer.callbacks if not isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
-        _dispatch("on_task_end", trainer, pl_module, index, strategies_of(trainer))
+        _dispatch("on_task_end", trainer, pl_module, index, strategies)
         pl_module.on_task_end(index)  # type: ignore[operator]
         _dispatch("on_task_end", trainer, pl_module, index, [c for c in callbacks if not isinstance(c, Strategy)])
 

@@ -2,8 +2,10 @@
 
 A token costs four operations per frozen weight (forward, and backward through it) and six per trained one; attention
 costs 12 x layers x width x length (arXiv 2204.02311, appendix B, which counts the masked
-half too). Recomputed activations are no work of the model and do not count. What evaluations take is left out, and so
-is the time in which a batch is fetched.
+half too). Recomputed activations are no work of the model and do not count, nor does a forward without gradient (the
+long-term memory of I-LoRA, the old model of LwF). Replayed tokens count as fresh ones do, padding does not. What
+evaluations take is left out, a guard's checks too, and so is the time in which a batch is fetched; steps that a guard
+lets pass are no steps.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import nn
 
 from secura_lightning.adapters.numerics import is_linear, linear_shape
 from secura_lightning.errors import ConfigError
+from secura_lightning.strategies.base import strategies_of
 
 
 class Throughput(Callback):
@@ -41,6 +44,8 @@ class Throughput(Callback):
         self._steps: deque[tuple[float, int, float]] = deque(maxlen=window)  # seconds, tokens, operations
         self._open = (0.0, 0, 0.0)
         self._start = 0.0
+        self._aside = 0.0  # seconds that strategies had spent on evaluations as the batch began
+        self._beside = (0, 0)  # tokens that they had trained on
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count what a token costs, and ask what the device can do."""
@@ -55,21 +60,24 @@ class Throughput(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
+        self._aside, self._beside = _strategies(trainer)
         self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the clock, before other callbacks evaluate; log at every whole optimizer step."""
-        size = batch["input_ids"].numel()
-        tokens = round(size * batch["padding_efficiency"])
+        aside, beside = _strategies(trainer)
+        took = time.perf_counter() - self._start - (aside - self._aside)
+        if any(strategy.skipping for strategy in strategies_of(trainer)):
+            self._open = (0.0, 0, 0.0)
+            return
+        fresh = round(batch["input_ids"].numel() * batch["padding_efficiency"])
+        tokens = fresh + beside[0] - self._beside[0]
+        times_length = fresh * batch["input_ids"].shape[1] + beside[1] - self._beside[1]
         seconds, counted, operations = self._open
-        length = batch["input_ids"].shape[1]
-        self._open = (
-            seconds + time.perf_counter() - self._start,
-            counted + tokens,
-            operations + tokens * (self._fixed + self._per_length * length),
-        )
+        work = tokens * self._fixed + times_length * self._per_length
+        self._open = seconds + took, counted + tokens, operations + work
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self._steps.append(self._open)
@@ -87,6 +95,13 @@ class Throughput(Callback):
         if self._peak:
             found["mfu"] = operations / seconds / self._peak
         return found
+
+
+def _strategies(trainer: Trainer) -> tuple[float, tuple[int, int]]:
+    """What the run's strategies have spent on evaluations and trained on so far; see :class:`Strategy`."""
+    found = strategies_of(trainer)
+    tokens, times_length = (sum(strategy.tokens_beside[i] for strategy in found) for i in range(2))
+    return sum(strategy.seconds_aside for strategy in found), (tokens, times_length)
 
 
 def token_operations(model: nn.Module, trained: int) -> float:

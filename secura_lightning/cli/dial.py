@@ -5,6 +5,8 @@ finished state, theta(t) = theta_0 + t (theta_1 - theta_0), and tasks and base-k
 it. The path runs through the adapter's anchors: from the base, B of LoRA and its kin shrinks while A stays, so that the
 change before the norm is t times the whole; SECURA's K_L + A B and CURLoRA's U shrink alike; full fine-tuning
 interpolates weights. The largest scale that keeps the floor is found among the points, then by bisection above it.
+Scores come as the run took them, with its ``forgetting.split``, ``limit`` and ``normalise``, under its
+``trainer.precision``.
 
 It chooses by the whole probe, and reports on it too: score a probe of your own to check the promise elsewhere.
 """
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +31,9 @@ from secura_lightning.cli.checkpoints import load_weights, read_checkpoint, rebu
 from secura_lightning.cli.dial_report import draw, save_json, table
 from secura_lightning.cli.fit import parse, quiet
 from secura_lightning.cli.inspect import InspectCLI
-from secura_lightning.cli.options import OneLineOptions
+from secura_lightning.cli.options import OneLineOptions, place
 from secura_lightning.data.sequence import SequenceDataModule
+from secura_lightning.data.task import Split
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.evaluation.evaluate import ProbeScore, evaluate_probe, evaluate_task
 from secura_lightning.modeling.load import load_tokenizer
@@ -65,10 +70,12 @@ def main(args: list[str]) -> int:
     limit = options.limit if options.limit is not None else forgetting["limit"]
 
     spec, model, adapters = rebuild(file, options.weights)
-    tokenizer = load_tokenizer(spec)
+    model, tokenizer = place(model, spec), load_tokenizer(spec)
     path = ChangePath(adapters, file, options.start and _checkpoint_of(options.start, "--start"), options.weights)
-    scorer = _Scorer(model, tokenizer, cli.datamodule, forgetting["split"], limit, options.batch_size)
-    result = sweep(path, scorer, options.retention, options.points)
+    scoring = Scoring(forgetting["split"], limit, options.batch_size, forgetting["normalise"])
+    scorer = _Scorer(model, tokenizer, cli.datamodule, scoring)
+    with autocast_of(cli.config["trainer"]["precision"], next(model.parameters()).device.type):
+        result = sweep(path, scorer, options.retention, options.points)
     print(f"\n{table(result)}\n")
     out = options.out or run / "dial"
     out.mkdir(parents=True, exist_ok=True)
@@ -141,29 +148,44 @@ class ChangePath:
         move(self.adapters, self.start, self.end, scale)
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How a run's scores are taken; see :class:`~secura_lightning.callbacks.forgetting.ForgettingMonitor`."""
+
+    split: Split
+    limit: int | None
+    batch_size: int
+    normalise: bool
+
+
 class _Scorer:
     """Scores a model on a run's tasks and probe."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, data: SequenceDataModule, split: Any, limit: int | None, batch_size: int
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, data: SequenceDataModule, how: Scoring) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.data = data
-        self.split = split
-        self.limit = limit
-        self.batch_size = batch_size
+        self.how = how
 
     def tasks(self) -> dict[str, float]:
         """Score of every task by name."""
-        options: Any = {"split": self.split, "limit": self.limit, "batch_size": self.batch_size}
-        scores = [evaluate_task(self.model, self.tokenizer, task, **options) for task in self.data.tasks]
+        how = self.how
+        rest = (how.split, how.limit, how.batch_size, how.normalise)
+        scores = [evaluate_task(self.model, self.tokenizer, task, *rest) for task in self.data.tasks]
         return {score.task: score.value for score in scores}
 
     def probe(self) -> ProbeScore:
         """Score of the probe."""
         assert self.data.probe is not None
-        return evaluate_probe(self.model, self.tokenizer, self.data.probe, self.limit, self.batch_size)
+        rest = (self.how.limit, self.how.batch_size, self.how.normalise)
+        return evaluate_probe(self.model, self.tokenizer, self.data.probe, *rest)
+
+
+def autocast_of(precision: Any, device: str) -> AbstractContextManager[object]:
+    """The autocast that ``trainer.precision`` means in ``fit``; the type of the weights is the checkpoint's own."""
+    kinds = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "16": torch.float16}
+    kind = kinds.get(str(precision))
+    return nullcontext() if kind is None else torch.autocast(device, kind)
 
 
 def sweep(path: ChangePath, scorer: _Scorer, floor: float, points: int) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def describe_task(
     validation = "" if data.streaming else f", {len(task.rows('validation'))} validation"
     kind = "text, scored by perplexity" if task.is_text else f"scored by {task.metric}"
     yield f"rows        {counts.rows} training{validation}, {counts.test} test; {kind}"
+    if not task.is_text:
+        yield _format(tokenizer, task)
     yield from _overlap(counts)
     yield from _classes(counts)
     yield from _lengths(rows, data, place, task)
@@ -93,6 +95,17 @@ def describe_task(
         before, trained = trained_span(tokenizer, rows[i])
         yield from (f"  | {line}" for line in _marked(before, trained, colour).split("\n"))
     yield ""
+
+
+def _format(tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
+    frame = task.prompt_format.frame(tokenizer)
+    if not frame.is_chat:
+        unused = (
+            " (the tokenizer has a chat template, which data.chat leaves unused)" if tokenizer.chat_template else ""
+        )
+        return f"format      prompt{frame.separator!r}answer{unused}"
+    parts = (frame.head, "PROMPT", frame.tail, frame.separator, "ANSWER", frame.end or tokenizer.eos_token or "")
+    return f"format      chat template: {''.join(parts)!r}"
 
 
 def _overlap(counts: RowCounts) -> Iterator[str]:
@@ -146,7 +159,7 @@ def _bars(found: Histogram) -> Iterator[str]:
 def _answers(tokenizer: PreTrainedTokenizerBase, task: Task) -> Iterator[str]:
     free = [(row.prompt, row.answer) for row in task.rows("test") if not row.choices]
     if free:
-        lengths = [len(ids) for ids in encode_answers(tokenizer, free, task.separator)]
+        lengths = [len(ids) for ids in encode_answers(tokenizer, free, task.prompt_format)]
         long = sum(n > task.max_new_tokens for n in lengths)
         yield (
             f"answers     of test rows take up to {max(lengths)} tokens, median {np.median(lengths):.0f}; "

@@ -91,6 +91,11 @@ def table(memory: Memory, shape: Shape, base: str) -> str:
         f"per device, for {shape.rows} rows of {shape.length} tokens{spread}:",
         *(f"  {name:<14}{human(size):>10}" for name, size in kinds.items()),
         f"  {'total':<14}{human(memory.total):>10}",
+        *(
+            [f"and {human(memory.moments)} of the CPU's memory, and of every checkpoint: moments"]
+            if memory.moments
+            else []
+        ),
         "An estimate: without the kernels' work space, fragments and a GPU's context (about 0.5 GB).",
     ]
     return "\n".join(lines)

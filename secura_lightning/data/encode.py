@@ -1,10 +1,12 @@
 """From a row to token ids: the one place where prompts meet answers.
 
-    [bos] prompt separator answer [eos]
-    ignored ------------>| trained --->|
+    [bos] prompt separator answer [eos]               plain
+    head prompt tail separator answer end             through a chat template, see secura_lightning.data.prompt
+    ignored ---------->| trained ----->|
 
 The mask is found by the prompt's prefix, never by a chat template's own mask (which is silently all zero when the
-template lacks a generation block). Truncation drops tokens from the left of the prompt and never from the answer.
+template lacks a generation block). Truncation drops tokens from the left of the prompt, and never from the answer or
+from what the template writes.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from secura_lightning.data.prompt import Frame, PromptFormat, as_format
 from secura_lightning.data.rows import Row
 from secura_lightning.errors import SecuraError
 
 IGNORED = -100  # the label that torch's cross-entropy skips
+PLAIN_OR_CHAT = PromptFormat()  # a chat template where the tokenizer has one
 Ids = Sequence[int] | NDArray[np.int32]
 
 
@@ -53,28 +57,93 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One encoded prompt, as generation starts from it.
+
+    Attributes:
+        ids: Its token ids.
+        head: How many of the first belong to beginning of sequence or chat template, and are never dropped.
+        tail: How many of the last are the chat template's.
+    """
+
+    ids: list[int]
+    head: int = 0
+    tail: int = 0
+
+    def cut(self, room: int | None) -> list[int]:
+        """At most ``room`` ids, those left out taken from the left of the prompt's own.
+
+        Raises:
+            SecuraError: The chat template alone takes more.
+        """
+        if room is None or len(self.ids) <= room:
+            return self.ids
+        if self.tail and room < self.head + self.tail:
+            raise SecuraError(
+                f"the chat template alone takes {self.head + self.tail} tokens, and there is room for {room}"
+            )
+        head = min(self.head, room - 1)
+        return self.ids[:head] + self.ids[len(self.ids) - room + head :]
+
+
+def render_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], form: PromptFormat | str = PLAIN_OR_CHAT
+) -> list[Prompt]:
+    """What generation starts from: each prompt in the chat template, or after beginning of sequence.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        prompts: Texts as :attr:`Row.prompt` holds them.
+        form: How they are rendered.
+    """
+    return _prompts(tokenizer, prompts, as_format(form).frame(tokenizer))
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], frame: Frame) -> list[Prompt]:
+    head, tail = tokens_of(tokenizer, [frame.head, frame.tail]) if frame.is_chat else ([], [])
+    first = list(frame.first_ids)
+    return [
+        Prompt(first + ids, len(first) + _common(ids, head), _common(ids[::-1], tail[::-1]))
+        for ids in tokens_of(tokenizer, [frame.text(prompt) for prompt in prompts])
+    ]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of ``[bos] prompt`` of each prompt, without end of sequence: what generation starts from."""
+    """Token ids of ``[bos] text`` of each text as it stands, without end of sequence and without a chat template."""
     bos = tokenizer.bos_token_id
     return [ids if bos is None else [bos, *ids] for ids in tokens_of(tokenizer, prompts)]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """:func:`encode_prompts` of one prompt."""
+    """:func:`encode_prompts` of one text."""
     return encode_prompts(tokenizer, [prompt])[0]
 
 
 def encode_answers(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], separator: str = " "
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], form: PromptFormat | str = PLAIN_OR_CHAT
 ) -> list[list[int]]:
-    """Token ids of each (prompt, answer) pair's answer as it continues its prompt, without end of sequence.
+    """Token ids of each (prompt, answer) pair's answer as it continues its prompt, without what ends it.
 
     The prompt's own tokens must stay what generation will see, so the answer is what follows them in the joint
     encoding. Where joining changes the prompt's last token, the answer is encoded on its own instead.
     """
+    return _answers(tokenizer, pairs, as_format(form).frame(tokenizer), "")
+
+
+def _answers(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], frame: Frame, end: str
+) -> list[list[int]]:
     prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))  # the choices of a row share theirs
-    alone = dict(zip(prompts, tokens_of(tokenizer, prompts), strict=True))
-    found = tokens_of(tokenizer, [prompt + separator + answer for prompt, answer in pairs])
+    texts = {prompt: frame.text(prompt) for prompt in prompts}
+    alone = dict(zip(prompts, tokens_of(tokenizer, list(texts.values())), strict=True))
+    answers = [f"{frame.separator}{answer}{end}" for _, answer in pairs]
+    found = tokens_of(tokenizer, [texts[prompt] + answer for (prompt, _), answer in zip(pairs, answers, strict=True)])
     torn: list[int] = []
     for i, (prompt, _) in enumerate(pairs):
         before = alone[prompt]
@@ -82,18 +151,16 @@ def encode_answers(
             found[i] = found[i][len(before) :]
         else:
             torn.append(i)
-    for i, ids in zip(torn, tokens_of(tokenizer, [separator + pairs[i][1] for i in torn]), strict=True):
+    for i, ids in zip(torn, tokens_of(tokenizer, [answers[i] for i in torn]), strict=True):
         found[i] = ids
     return found
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, separator: str = " ") -> list[int]:
-    """:func:`encode_answers` of one pair."""
-    return encode_answers(tokenizer, [(prompt, answer)], separator)[0]
-
-
 def encode_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, separator: str = " "
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_length: int,
+    form: PromptFormat | str = PLAIN_OR_CHAT,
 ) -> list[Encoded]:
     """Encode rows for training.
 
@@ -101,58 +168,46 @@ def encode_rows(
         tokenizer: Any Hugging Face tokenizer.
         rows: The rows.
         max_length: Most tokens of a result; prompt tokens are dropped from the left to fit.
-        separator: Text between prompt and answer.
+        form: How prompts and answers are joined.
 
     Raises:
-        SecuraError: An answer is empty, has no tokens, or does not fit into ``max_length`` on its own.
+        SecuraError: An answer is empty, has no tokens, or does not fit into ``max_length`` on its own or with the chat
+            template.
     """
     for row in rows:
         if not row.answer.strip():
             raise SecuraError(f"row {row.id}: the answer is empty, so no token would be trained; remove the row")
-    answers = encode_answers(tokenizer, [(row.prompt, row.answer) for row in rows], separator)
-    prompts = encode_prompts(tokenizer, [row.prompt for row in rows])
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    bos = tokenizer.bos_token_id is not None
+    frame = as_format(form).frame(tokenizer)
+    answers = _answers(tokenizer, [(row.prompt, row.answer) for row in rows], frame, frame.end)
+    prompts = _prompts(tokenizer, [row.prompt for row in rows], frame)
     return [
-        _join(row, prompt, answer, end, max_length, bos)
+        _join(row, prompt, answer, frame, max_length)
         for row, prompt, answer in zip(rows, prompts, answers, strict=True)
     ]
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, separator: str = " ") -> Encoded:
-    """:func:`encode_rows` of one row."""
-    return encode_rows(tokenizer, [row], max_length, separator)[0]
-
-
-def _join(row: Row, prompt: list[int], answer: list[int], end: list[int], max_length: int, bos: bool) -> Encoded:
-    if not answer:
+def _join(row: Row, prompt: Prompt, answer: list[int], frame: Frame, max_length: int) -> Encoded:
+    if len(answer) <= bool(frame.end):
         raise SecuraError(
             f"row {row.id}: the tokenizer makes no token of the answer {row.answer!r}, so none would be trained; "
             "remove the row"
         )
-    answer = answer + end
-    room = max_length - len(answer)
-    if room < 1:
+    answer = [*answer, *frame.last_ids]
+    least = prompt.head + prompt.tail if frame.is_chat else 1
+    if len(answer) + least > max_length:
+        what = f"the chat template {least} more and leave" if frame.is_chat else "leaves"
         raise SecuraError(
-            f"row {row.id}: its answer takes {len(answer)} of data.max_length={max_length} tokens and leaves no room "
-            f"for the prompt; raise data.max_length above {len(answer)}"
+            f"row {row.id}: its answer takes {len(answer)} of data.max_length={max_length} tokens and {what} no room "
+            f"for the prompt; raise data.max_length above {len(answer) + least - 1}"
         )
-    dropped = max(0, len(prompt) - room)
-    if dropped:
-        keep_bos = bos and room > 1
-        prompt = prompt[:1] + prompt[len(prompt) - room + 1 :] if keep_bos else prompt[len(prompt) - room :]
-    return Encoded(prompt + answer, len(prompt), dropped)
+    kept = prompt.cut(max_length - len(answer))
+    return Encoded(kept + answer, len(kept), len(prompt.ids) - len(kept))
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of whole documents ``[bos] text [eos]``, every token of them trained."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [ids + end for ids in encode_prompts(tokenizer, texts)]
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """:func:`encode_texts` of one document."""
-    return encode_texts(tokenizer, [text])[0]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
+from secura_lightning.data.prompt import Chat, PromptFormat
 from secura_lightning.data.read import documents, lookup, read_rows, read_text, text_of
 from secura_lightning.data.rows import Row
 from secura_lightning.data.source import Hub, load_hub
@@ -37,9 +38,13 @@ class Probe(ABC):
         stop: Texts that end a generated answer.
         window: Tokens that the model reads at once for the perplexity of texts; None for its context, at most 1024.
         stride: Tokens by which those windows advance; None for the window less one.
+        chat: Whether prompts go through the tokenizer's chat template; the sequence's ``data.chat``.
+        system: The system message of that template; the sequence's ``data.system``.
     """
 
     stop: tuple[str, ...] = ()
+    chat: Chat = "auto"
+    system: str | None = None
     window: int | None = None
     stride: int | None = None
 
@@ -47,6 +52,11 @@ class Probe(ABC):
         self.name = name
         self.max_new_tokens = max_new_tokens
         self.separator = separator
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """How its questions are rendered; its texts are read as they are."""
+        return PromptFormat(self.separator, self.chat, self.system)
 
     def metric(self, row: Row) -> str:
         """The metric that scores a row: likelihood picks a choice as it stands, generated answers are compared

@@ -14,12 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from secura_lightning.data.batches import ResumableLoader, SequenceBatches, SequencePlan
 from secura_lightning.data.encode import pad_id
 from secura_lightning.data.probe import Probe
+from secura_lightning.data.prompt import Chat, PromptFormat
 from secura_lightning.data.rows import Row
 from secura_lightning.data.store import EncodedRows
 from secura_lightning.data.stream import stream_rows
 from secura_lightning.data.task import Task
 from secura_lightning.data.tokenise import CACHE, Tokeniser
 from secura_lightning.errors import ConfigError
+from secura_lightning.resumed import first_difference
 
 
 class SequenceDataModule(LightningDataModule):
@@ -30,6 +32,9 @@ class SequenceDataModule(LightningDataModule):
         probe: What the base model knows; scored beside the tasks to measure what is forgotten.
         batch_size: Rows per device and micro-batch.
         max_length: Most tokens of a training row; longer prompts lose tokens on the left.
+        chat: Whether prompts of tasks and probe go through the tokenizer's chat template, in training and evaluation
+            alike. ``auto``: where the tokenizer has one; some base models' do (give false for these).
+        system: System message of the chat template; null for the template's own.
         epochs_per_task: Passes over a task's rows (rounded up to whole optimizer steps), one number or one per task.
         steps_per_task: Optimizer steps of a task, instead of ``epochs_per_task``; one number or one per task.
         num_workers: DataLoader workers.
@@ -51,6 +56,8 @@ class SequenceDataModule(LightningDataModule):
         probe: Probe | None = None,
         batch_size: int = 16,
         max_length: int = 512,
+        chat: Chat = "auto",
+        system: str | None = None,
         epochs_per_task: float | list[float] | None = None,
         steps_per_task: int | list[int] | None = None,
         num_workers: int = 0,
@@ -70,6 +77,14 @@ class SequenceDataModule(LightningDataModule):
             raise ConfigError("data.group_by_length and data.packing both save padding; packing does without: keep one")
         if streaming and cache is None:
             raise ConfigError("data.streaming maps token ids from data.cache; give data.cache a folder")
+        if system is not None and chat is False:
+            raise ConfigError(
+                "data.system goes into the chat template, which data.chat: false leaves unused; remove one"
+            )
+        for task in tasks:
+            task.chat, task.system = chat, system
+        if probe is not None:
+            probe.chat, probe.system = chat, system
         self.tasks = tasks
         self.probe = probe
         self.batch_size = batch_size
@@ -84,6 +99,9 @@ class SequenceDataModule(LightningDataModule):
         self.streaming = streaming
         self.pin_memory = pin_memory
         self.seed = seed
+        self.chat = chat
+        self.system = system
+        self.uses_chat = False  # known once there is a tokenizer
         self.encoded: list[EncodedRows] = []
         self.plan: SequencePlan = SequencePlan([])
         self._pad = 0
@@ -120,6 +138,9 @@ class SequenceDataModule(LightningDataModule):
         if self.encoded:
             return
         self._pad = pad_id(tokenizer)
+        self.uses_chat = PromptFormat(chat=self.chat).uses_chat(tokenizer)
+        if self.uses_chat:
+            rank_zero_info("data.chat: prompts go through the tokenizer's chat template")
         tokeniser = self._tokeniser(tokenizer)
         self.encoded = [tokeniser.encode(task) for task in self.tasks]
         self._report_truncation()
@@ -158,6 +179,8 @@ class SequenceDataModule(LightningDataModule):
             "steps_per_task": self.plan.steps,
             "batch_size": self.batch_size,
             "max_length": self.max_length,
+            "chat": self.uses_chat,
+            "system": self.system,
             "truncated": [int((rows.truncated > 0).sum()) for rows in self.encoded],
             "group_by_length": self.group_by_length,
             "packing": self.packing,
@@ -174,14 +197,14 @@ class SequenceDataModule(LightningDataModule):
         Raises:
             ConfigError: The sequence, its steps or its batches differ from the checkpoint's.
         """
-        for key, now in self._signature().items():
-            earlier = {"group_by_length": False, "max_length": now}  # checkpoints of 0.1.0 lack them
-            then = state_dict.get(key, earlier.get(key))
-            if then != now:
-                raise ConfigError(
-                    f"data: the checkpoint was written with {key}={then}, this configuration has {key}={now}; "
-                    "resume with the same data settings, or start a new run without --ckpt_path"
-                )
+        earlier = {"group_by_length": False, "max_length": self.max_length, "chat": False}  # what 0.1.0 did
+        found = first_difference(state_dict, self._signature(), earlier)
+        if found is not None:
+            key, then, now = found
+            raise ConfigError(
+                f"data: the checkpoint was written with {key}={then}, this configuration has {key}={now}; "
+                "resume with the same data settings, or start a new run without --ckpt_path"
+            )
 
     def _signature(self) -> dict[str, Any]:
         return {
@@ -192,6 +215,8 @@ class SequenceDataModule(LightningDataModule):
             "seed": self.seed,
             "group_by_length": self.group_by_length,
             "max_length": self.max_length,
+            "chat": self.uses_chat,
+            "system": self.system,
         }
 
     def _tokeniser(self, tokenizer: PreTrainedTokenizerBase) -> Tokeniser:

@@ -2,8 +2,9 @@
 
     rows --chunks--> encode_rows (num_proc processes) --> memory, or DIR/<fingerprint>/ mapped from disk
 
-The fingerprint covers the tokenizer, every rendered row, the separator and the length: whatever changes the token ids
-changes it. Small sets are encoded anew each time, which is quicker than looking after files.
+The fingerprint covers the tokenizer, every rendered row, the separator or what the chat template writes, and the
+length: whatever changes the token ids changes it. Small sets are encoded anew each time, which is quicker than looking
+after files.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from secura_lightning.data.encode import Encoded, encode_rows, encode_texts, pack
+from secura_lightning.data.prompt import PromptFormat
 from secura_lightning.data.rows import Row
 from secura_lightning.data.store import EncodedRows, StoreWriter
 from secura_lightning.data.stream import stream_rows
@@ -29,7 +31,7 @@ from secura_lightning.errors import ConfigError, SecuraError
 CACHE = "~/.cache/secura_lightning/encoded"
 CACHE_FROM = 10_000  # rows; fewer are encoded in a few seconds
 CHUNK = 1_000  # rows tokenised by one call
-_FORMAT = 1  # of the cache: raise it when the same rows come to mean other token ids
+_FORMAT = 2  # of the cache: raise it when the same rows come to mean other token ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +86,18 @@ class Tokeniser:
                     "data.streaming: this tokenizer has no fast form, whose settings can be fingerprinted"
                 )
             return None
+        return Path(self.cache).expanduser() / self.fingerprint(task)
+
+    def fingerprint(self, task: Task) -> str:
+        """What the task's token ids depend on, in 24 hexadecimal digits; the tokenizer must be a fast one."""
         digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
         special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
-        settings = [_FORMAT, special, self.max_length, task.separator, task.is_text]
+        frame = None if task.is_text else astuple(task.prompt_format.frame(self.tokenizer))
+        settings = [_FORMAT, special, self.max_length, frame, task.is_text]
         digest.update(json.dumps(settings).encode())
         for row in tqdm(self._rows(task), desc=f"fingerprint of '{task.name}'", leave=False, disable=None):
             digest.update(f"\n{len(row.prompt)} {len(row.answer)} {row.prompt}{row.answer}".encode())
-        return Path(self.cache).expanduser() / digest.hexdigest()[:24]
+        return digest.hexdigest()[:24]
 
     def _rows(self, task: Task) -> Iterable[Row]:
         return stream_rows(task) if self.streaming else task.rows("train")
@@ -114,7 +121,7 @@ class Tokeniser:
         """Chunks in order, with their numbers of rows; at most a few wait in memory."""
         rows = iter(self._rows(task))
         chunks = iter(lambda: list(islice(rows, CHUNK)), [])
-        job = _Job(self.tokenizer, self.max_length, task.separator, task.is_text)
+        job = _Job(self.tokenizer, self.max_length, task.prompt_format, task.is_text)
         few = not self.streaming and len(task.rows("train")) <= CHUNK
         if self.num_proc == 1 or few:
             for chunk in chunks:
@@ -135,13 +142,13 @@ class Tokeniser:
 class _Job:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    separator: str
+    form: PromptFormat
     is_text: bool
 
     def run(self, rows: Sequence[Row]) -> list[Encoded] | list[list[int]]:
         if self.is_text:
             return encode_texts(self.tokenizer, [row.answer for row in rows])
-        return encode_rows(self.tokenizer, rows, self.max_length, self.separator)
+        return encode_rows(self.tokenizer, rows, self.max_length, self.form)
 
 
 _job: list[_Job] = []  # of a worker process: the tokenizer is sent once, not with every chunk

@@ -14,17 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secura_lightning.data.encode import encode_answers, encode_prompts, pad_id
+from secura_lightning.data.encode import encode_answers, pad_id, render_prompts
+from secura_lightning.data.prompt import PromptFormat, as_format
 from secura_lightning.data.rows import Row
-from secura_lightning.evaluation.batching import batches, context_length, evaluating, fit, left_pad
-
-_WORTH = 16  # tokens that prompts must share to be read apart: a forward more is worth some, not few
+from secura_lightning.evaluation.batching import (
+    batches,
+    call_cost,
+    common,
+    context_length,
+    evaluating,
+    read_prompts,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,7 @@ def choice_likelihoods(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    separator: str = " ",
+    form: PromptFormat | str = PromptFormat(),  # noqa: B008  # frozen
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> list[list[float]]:
@@ -56,18 +61,19 @@ def choice_likelihoods(
         model: The model; its mode and random state are left as they were.
         tokenizer: Its tokenizer.
         rows: Rows with choices.
-        separator: Text between prompt and answer.
+        form: How prompts and answers are joined.
         batch_size: Most (row, choice) pairs scored together; one row's choices always are.
         progress: Called with the number of rows after each batch.
 
     Returns:
         One list per row, parallel to its choices.
     """
-    questions = _encode(tokenizer, rows, separator, context_length(model))
+    questions = _encode(tokenizer, rows, as_format(form), context_length(model))
     found: list[list[float]] = [[] for _ in rows]
     together = max(1, batch_size // max((len(row.choices) for row in rows), default=1))
     with evaluating(model) as device:
-        for batch in batches([len(question.prompt) for question in questions], together):
+        cost = 2 * call_cost(device)
+        for batch in batches([len(question.prompt) for question in questions], together, overhead=cost):
             asked = [questions[i] for i in batch]
             values = iter(_score(model, asked, pad_id(tokenizer), device).tolist())
             for i, question in zip(batch, asked, strict=True):
@@ -78,30 +84,25 @@ def choice_likelihoods(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], separator: str, room: int | None
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], form: PromptFormat, room: int | None
 ) -> list[_Question]:
-    prompts = encode_prompts(tokenizer, [row.prompt for row in rows])
+    prompts = render_prompts(tokenizer, [row.prompt for row in rows], form)
     pairs = [(row.prompt, choice) for row in rows for choice in row.choices]
-    encoded = iter(encode_answers(tokenizer, pairs, separator))
+    encoded = iter(encode_answers(tokenizer, pairs, form))
     questions = []
-    for row, prompt in zip(rows, prompts, strict=True):
+    for row, rendered in zip(rows, prompts, strict=True):
         choices = [next(encoded) for _ in row.choices]
         longest = max(map(len, choices))
-        prompt = fit(tokenizer, prompt, room and max(2, room - longest))
-        shared = _common(choices)
+        prompt = rendered.cut(room and max(2, room - longest))
+        shared = common(choices)
         questions.append(_Question(prompt + choices[0][:shared], shared, [ids[shared:] for ids in choices]))
     return questions
 
 
-def _common(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with."""
-    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
-
-
 def _score(model: PreTrainedModel, asked: Sequence[_Question], pad: int, device: torch.device) -> Tensor:
     """Log-likelihood of each choice of each question, ``[pairs]`` of fp32 on the CPU."""
-    cache = DynamicCache(config=model.config)
-    logits, seen = _read_prompts(model, asked, cache, pad, device)  # [rows, 1 + shared, v]
+    keep = 1 + max(question.shared for question in asked)
+    cache, logits, seen = read_prompts(model, [question.prompt for question in asked], keep, pad, device)
     logprobs = logits.float().log_softmax(-1)
     pairs = [(place, tail) for place, question in enumerate(asked) for tail in question.tails]
     owner = torch.tensor([place for place, _ in pairs], device=device)
@@ -129,35 +130,6 @@ def _score(model: PreTrainedModel, asked: Sequence[_Question], pad: int, device:
     return total.cpu()
 
 
-def _read_prompts(
-    model: PreTrainedModel, asked: Sequence[_Question], cache: Cache, pad: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Fill the cache with all prompts.
-
-    Returns:
-        Logits from the last token of the plain prompt on ``[rows, 1 + shared, v]``, right-aligned, and the attention
-        mask of what was read, ``[rows, t]``.
-    """
-    keep = 1 + max(question.shared for question in asked)
-    prompts = [question.prompt for question in asked]
-    # At least the tokens whose logits are kept stay behind: the same number of each row then comes from one pass.
-    prefix = min(_common(prompts), min(map(len, prompts)) - keep)
-    # Padding between prefix and prompt would stretch the distance that a sliding window counts.
-    if len(asked) > 1 and prefix >= _WORTH and not any(cache.is_sliding):
-        head = torch.tensor([prompts[0][:prefix]], device=device)
-        model(head, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(len(asked))
-    else:
-        prefix = 0
-    inputs = left_pad([ids[prefix:] for ids in prompts], pad, device)
-    inputs["attention_mask"] = torch.cat(
-        [inputs["attention_mask"].new_ones(len(asked), prefix), inputs["attention_mask"]], 1
-    )
-    inputs["position_ids"] += prefix
-    logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
-    return logits, inputs["attention_mask"]
-
-
 def _shared_part(logprobs: Tensor, asked: Sequence[_Question], device: torch.device) -> Tensor:
     """Log-likelihood of what all choices of a question begin with, ``[rows]``."""
     total = logprobs.new_zeros(len(asked))
@@ -182,7 +154,7 @@ def pick_choices(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    separator: str = " ",
+    form: PromptFormat | str = PromptFormat(),  # noqa: B008  # frozen
     normalise: bool = False,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
@@ -193,12 +165,12 @@ def pick_choices(
         model: The model.
         tokenizer: Its tokenizer.
         rows: Rows with choices.
-        separator: Text between prompt and answer.
+        form: How prompts and answers are joined.
         normalise: Divide each log-likelihood by the choice's length in characters, as lm-eval's ``acc_norm`` does.
         batch_size: Most (row, choice) pairs scored together.
         progress: Called with the number of rows after each batch.
     """
-    likelihoods = choice_likelihoods(model, tokenizer, rows, separator, batch_size, progress)
+    likelihoods = choice_likelihoods(model, tokenizer, rows, form, batch_size, progress)
     picked = []
     for row, values in zip(rows, likelihoods, strict=True):
         lengths = [max(1, len(choice)) if normalise else 1 for choice in row.choices]

@@ -16,6 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_lightning.data.probe import Probe
+from secura_lightning.data.prompt import PromptFormat
 from secura_lightning.data.rows import Row
 from secura_lightning.data.task import Split, Task
 from secura_lightning.errors import SecuraError
@@ -151,7 +152,7 @@ def evaluate_task(
     if task.is_text:
         ppl, tokens = _perplexity(model, tokenizer, [row.answer for row in rows], batch_size, progress)
         return TaskScore(name, "1/perplexity", 1 / ppl if tokens else float("nan"), len(rows))
-    answering = Answering(task.separator, task.max_new_tokens, task.stop, batch_size, normalise, progress)
+    answering = Answering(task.prompt_format, task.max_new_tokens, task.stop, batch_size, normalise, progress)
     predictions = _answer(model, tokenizer, rows, answering)
     references = [answers_of(row) for row in rows]
     value, scores = score(task.metric, predictions, references, [row.prompt for row in rows])
@@ -190,7 +191,7 @@ def evaluate_probe(
     texts = [row.answer for row in subset([Row(str(i), "", text) for i, text in enumerate(probe.texts())], limit)]
     if not rows and not texts:
         raise SecuraError(f"data.probe: '{probe.name}' has neither rows nor texts")
-    answering = Answering(probe.separator, probe.max_new_tokens, probe.stop, batch_size, normalise, progress)
+    answering = Answering(probe.prompt_format, probe.max_new_tokens, probe.stop, batch_size, normalise, progress)
     predictions = _answer(model, tokenizer, rows, answering)
     scores = [
         row_score(probe.metric(row), prediction, answers_of(row), row.prompt)
@@ -219,7 +220,7 @@ class Answering:
     """How rows are answered.
 
     Attributes:
-        separator: Text between prompt and answer.
+        form: How prompts and answers are joined.
         max_new_tokens: Longest generated answer, in tokens.
         stop: Texts that end a generated answer and are no part of it.
         batch_size: Sequences computed together.
@@ -227,7 +228,7 @@ class Answering:
         progress: Called with the number of rows done.
     """
 
-    separator: str
+    form: PromptFormat
     max_new_tokens: int
     stop: tuple[str, ...]
     batch_size: int
@@ -244,13 +245,15 @@ def _answer(
     closed = [i for i, row in enumerate(mine) if row.choices]
     if closed:
         questions = [mine[i] for i in closed]
-        picked = pick_choices(model, tokenizer, questions, how.separator, how.normalise, how.batch_size, how.progress)
+        picked = pick_choices(model, tokenizer, questions, how.form, how.normalise, how.batch_size, how.progress)
         for i, text in zip(closed, picked, strict=True):
             answers[i] = text
     free = [i for i, row in enumerate(mine) if not row.choices]
     if free:
         prompts = [mine[i].prompt for i in free]
-        texts = generate(model, tokenizer, prompts, how.max_new_tokens, how.batch_size, how.progress, how.stop)
+        texts = generate(
+            model, tokenizer, prompts, how.max_new_tokens, how.batch_size, how.progress, how.stop, how.form
+        )
         for i, text in zip(free, texts, strict=True):
             answers[i] = text
     return gather(answers, model)

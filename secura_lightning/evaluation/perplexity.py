@@ -11,7 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_lightning.data.encode import IGNORED, encode_texts, pad_id
 from secura_lightning.errors import ConfigError
-from secura_lightning.evaluation.batching import LOGITS_BUDGET, batches, context_length, evaluating, left_pad
+from secura_lightning.evaluation.batching import (
+    LOGITS_BUDGET,
+    batches,
+    call_cost,
+    context_length,
+    evaluating,
+    left_pad,
+    most_tokens,
+)
 
 
 def perplexity(
@@ -72,10 +80,11 @@ def token_loss(
         raise ConfigError(f"perplexity: stride={step} must be at least 1 and below max_length={length}")
     encoded = encode_texts(tokenizer, texts)
     cut = [(ids[start:end], end - first) for ids in encoded for start, first, end in windows(len(ids), length, step)]
-    max_tokens = max(1, LOGITS_BUDGET // model.config.get_text_config().vocab_size)
+    budget = max(1, LOGITS_BUDGET // model.config.get_text_config().vocab_size)
     total, count = 0.0, 0
     with evaluating(model) as device:
-        for batch in batches([len(ids) for ids, _ in cut], batch_size, max_tokens):
+        max_tokens = min(budget, most_tokens(device) or budget)
+        for batch in batches([len(ids) for ids, _ in cut], batch_size, max_tokens, call_cost(device)):
             inputs = left_pad([cut[i][0] for i in batch], pad_id(tokenizer), device)
             # Only a window's last `fresh` tokens are its own to score; they sit at the right edge.
             place = torch.arange(inputs["input_ids"].shape[1], 0, -1, device=device)  # 1 = last token

@@ -179,7 +179,7 @@ class TaskCalibration(SizedCalibration):
         rows = _draw(self.task.rows("train"), self.samples, seed)
         if self.task.is_text:
             return [ids[:length] for ids in encode_texts(tokenizer, [row.answer for row in rows])]
-        return [list(row.ids) for row in encode_rows(tokenizer, rows, length, self.task.separator)]
+        return [list(row.ids) for row in encode_rows(tokenizer, rows, length, self.task.prompt_format)]
 
     def settings(self) -> dict[str, Any]:
         """Plain values that decide the text."""
@@ -187,7 +187,8 @@ class TaskCalibration(SizedCalibration):
 
     def digest(self) -> str:
         """A hash of the rows."""
-        return _digest([row.prompt + self.task.separator + row.answer for row in self.task.rows("train")])
+        form = repr(self.task.prompt_format)
+        return _digest([form, *(row.prompt + self.task.separator + row.answer for row in self.task.rows("train"))])
 
 
 def calibrate(
@@ -276,6 +277,11 @@ def _measure(
     title: str,
 ) -> None:
     """Hand every layer the moments of its input over the calibration's text, under a progress bar."""
+
+    def take(names: list[str], gram: Tensor) -> None:
+        first, *others = (layers[name] for name in names)
+        first.calibrate(gram, others)
+
     sequences = calibration.sequences(model, tokenizer, seed)
     steps = count_steps(model, dict(layers), len(sequences), calibration.batch_size)
     with tqdm(total=steps, desc=title, leave=False, disable=None) as bar:
@@ -283,7 +289,7 @@ def _measure(
             model,
             dict(layers),
             sequences,
-            lambda name, gram: layers[name].calibrate(gram),
+            take,
             calibration.batch_size,
             pad_id(tokenizer),
             bar.update,
@@ -302,8 +308,12 @@ def _share(adapters: AdapterSet) -> None:
     shapes: list[Any] = [{key: value.shape for key, value in adapters.state_dict().items()}]
     dist.broadcast_object_list(shapes, src=0)
     adapters.resize(shapes[0])
+    device = adapters.trainable_parameters()[0].device
     for value in adapters.state_dict().values():
-        dist.broadcast(value, src=0)
+        sent = value.to(device)  # NCCL sends what is on a GPU, and some state is kept on the CPU
+        dist.broadcast(sent, src=0)
+        if sent is not value:
+            value.copy_(sent)
     for layer in adapters.layers.values():
         layer.refresh()
 

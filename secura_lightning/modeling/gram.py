@@ -23,7 +23,7 @@ from secura_lightning.errors import SecuraError
 from secura_lightning.evaluation.batching import batches
 
 Batch = dict[str, Tensor]
-Take = Callable[[str, Tensor], None]
+Take = Callable[[list[str], Tensor], None]
 
 _PANEL = 512  # rows of G that are computed together: small enough to skip most of the upper triangle
 
@@ -41,13 +41,14 @@ def stream_grams(
     pad: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Measure the inputs of ``layers`` and hand each its matrix as soon as it is complete.
+    """Measure the inputs of ``layers`` and hand over each matrix as soon as it is complete.
 
     Args:
         model: The model, in evaluation mode and without gradients.
         layers: Modules of the model that read one tensor, by dotted name.
         sequences: Token ids.
-        take: Called with a name and its G [in, in] in fp64; layers with one input get the same tensor.
+        take: Called with the names of the layers that read one input, in the order in which they do, and its G [in, in]
+            in fp64.
         batch_size: Sequences that run together.
         pad: Id that fills short sequences.
         progress: Called with 1 after every batch of every block; see :func:`count_steps`.
@@ -208,12 +209,13 @@ class _Moments:
         tokens = x[self.mask]  # [n, in]
         # On a GPU fp64 is slow and each batch's sum is short: fp32 within a batch, fp64 over batches.
         tokens = tokens.double() if x.device.type == "cpu" else tokens.float()
-        if name not in self.grams:
-            self.grams[name] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-        _add_lower_(self.grams[name], tokens)
+        first = name not in self.grams
+        if first:
+            self.grams[name] = torch.empty(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
+        _add_lower_(self.grams[name], tokens, beta=0 if first else 1)
 
     def hand_over(self, take: Take) -> None:
-        """Give every layer its matrix, and free it.
+        """Pass every matrix on, with the layers that it belongs to, and free it.
 
         Raises:
             SecuraError: A layer was never reached.
@@ -225,24 +227,25 @@ class _Moments:
                 "leave them out with model.adapter.exclude"
             )
         for leader in list(self.grams):
-            gram = _mirror_(self.grams.pop(leader))
-            for name in self.layers:
-                if self.leader[name] == leader:
-                    take(name, gram)
+            # `leader` has its keys in the order in which the model reached them, and a leader is the first of its own.
+            take([name for name, first in self.leader.items() if first == leader], _mirror_(self.grams.pop(leader)))
 
 
-def _add_lower_(gram: Tensor, tokens: Tensor) -> None:
-    """Add x x^T over ``tokens`` [n, d] to the lower triangle of ``gram`` [d, d], in panels of rows.
+def _add_lower_(gram: Tensor, tokens: Tensor, beta: int) -> None:
+    """``beta`` G + x x^T over ``tokens`` [n, d] in the lower triangle of ``gram`` [d, d], in panels of rows.
 
-    A symmetric matrix needs half the multiplications of a product of two.
+    A symmetric matrix needs half the multiplications of a product of two. With ``beta`` 0 what ``gram`` holds does not
+    matter; filling it first would cost a large matrix a pass over memory.
     """
     for start in range(0, len(gram), _PANEL):
         stop = min(start + _PANEL, len(gram))
         panel, out = tokens[:, start:stop].t(), gram[start:stop, :stop]
         if tokens.dtype == gram.dtype:
-            out.addmm_(panel, tokens[:, :stop])
-        else:
+            out.addmm_(panel, tokens[:, :stop], beta=beta)
+        elif beta:
             out.add_(panel @ tokens[:, :stop])
+        else:
+            out.copy_(panel @ tokens[:, :stop])
 
 
 def _mirror_(gram: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ stands for that side. Then one forward pass of the fake model tells what autogra
 
     device = base weights + adapters + gradients + optimizer + what backward needs + logits
 
-Not counted: the kernels' work space, what the allocator loses to fragments, and the CUDA context (about 0.5 GB).
+Not counted: the kernels' work space, what the allocator loses to fragments, and the CUDA context (about 0.5 GB); nor
+what calibration takes before training and between tasks: the second moments of one block's inputs at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secura_lightning.adapters import AdapterConfig, AdapterLayer
+from secura_lightning.adapters import AdapterConfig, AdapterLayer, LoRANullSequenceConfig
+from secura_lightning.adapters.null_sequence import packed_size
 from secura_lightning.adapters.numerics import is_conv1d, is_linear, linear_shape, module_generator
 from secura_lightning.adapters.targets import match_targets
 from secura_lightning.modeling.load import BaseSpec, blocks_of, load_config
@@ -50,6 +52,8 @@ class Memory:
         buffers: Bytes of the base's buffers.
         activations: Bytes that backward needs, the logits aside.
         logits: Bytes at the peak of the loss.
+        moments: Bytes of second moments that LoRA-Null over a sequence keeps: in the CPU's memory, so not in the total,
+            and in every checkpoint.
     """
 
     parameters: int
@@ -61,6 +65,7 @@ class Memory:
     buffers: int
     activations: int
     logits: int
+    moments: int = 0
 
     @property
     def total(self) -> int:
@@ -117,6 +122,7 @@ def estimate(
         trained = list({id(p): p for layer in layers.values() for p in _own(layer.parameters(), layer.base)}.values())
         kept = _bytes(b for layer in layers.values() for b in _own(layer.buffers(), layer.base))
         activations, width = _activations(model, shape)
+        moments = _moment_bytes(model, layers, config) if isinstance(config, LoRANullSequenceConfig) else 0
     state = optimizer_bytes(optimizer)
     trainable = sum(p.numel() for p in trained)
     return Memory(
@@ -129,6 +135,7 @@ def estimate(
         buffers=buffers,
         activations=activations,
         logits=_logit_bytes(model, shape, width),
+        moments=moments,
     )
 
 
@@ -237,6 +244,21 @@ def _own(tensors: Iterable[Tensor], base: nn.Module) -> list[Any]:
     """The tensors of an adapter that are not its base's."""
     theirs = {id(t) for t in (*base.parameters(), *base.buffers())}
     return [t for t in tensors if id(t) not in theirs]
+
+
+def _moment_bytes(model: PreTrainedModel, layers: dict[str, AdapterLayer], config: LoRANullSequenceConfig) -> int:
+    """Bytes of one packed Gram matrix for every tensor that some of the layers read."""
+    inputs: dict[int, Tensor] = {}  # by id: held, so that none takes another's
+
+    def read(_: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[id(args[0])] = args[0]
+
+    hooks = [layer.register_forward_pre_hook(read) for layer in layers.values()]
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64), logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    return config.moment_type.itemsize * sum(packed_size(x.shape[-1]) for x in inputs.values())
 
 
 def optimizer_bytes(

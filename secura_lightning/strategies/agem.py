@@ -61,7 +61,9 @@ class AGEM(Drawing):
         trained = total(trainer, [float(sum(row.n_trained for row in rows))], pl_module.device).clamp_min(1)
         gradients = [torch.zeros_like(parameter) for parameter in parameters]
         for start in range(0, len(rows), data.batch_size):
-            batch = self.collate(rows[start : start + data.batch_size], pl_module.device)
+            part = rows[start : start + data.batch_size]
+            self.count(part)
+            batch = self.collate(part, pl_module.device)
             with torch.enable_grad(), trainer.precision_plugin.train_step_context():
                 loss = pl_module.answer_loss(batch) / trained.to(torch.float32).squeeze()  # type: ignore[operator]
             # grad and not backward: DDP, which waits for .grad, hears nothing of this.

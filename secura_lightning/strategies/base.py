@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secura_lightning.adapters import AdapterConfig
 from secura_lightning.errors import ConfigError, SecuraError
+from secura_lightning.resumed import first_difference
 
 
 class Strategy(Callback):
@@ -39,6 +40,32 @@ class Strategy(Callback):
     """Whether it compares or averages the adapters' coordinates over tasks."""
     needs_logits: ClassVar[bool] = False
     """Whether :meth:`shape_loss` reads ``batch["logits"]``."""
+    tokens_beside: tuple[int, int] = (0, 0)
+    """Tokens that it trained on beside the fresh ones in this process so far: how many, and each times the length of
+    its batch."""
+    seconds_aside: float = 0.0
+    """Seconds that it spent in this process so far on what is no training."""
+
+    def rows_beside(
+        self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Any], batch_idx: int
+    ) -> dict[str, Tensor] | None:
+        """Rows that may pass the model together with a fresh micro-batch; none by default.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            batch: The fresh micro-batch, before its forward.
+            batch_idx: Its position in the sequence.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``labels``, each ``[r, u]``. Where they did pass,
+            :meth:`shape_loss` finds their summed loss as ``batch["beside_loss"]``.
+        """
+        return None
+
+    def watching(self, pl_module: LightningModule) -> AbstractContextManager[Any]:
+        """A context around the forward of a training step, to see what passes; nothing by default."""
+        return nullcontext()
 
     def shape_loss(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, batch: dict[str, Any], batch_idx: int
@@ -51,7 +78,7 @@ class Strategy(Callback):
             loss: Scalar; the fresh rows' loss as shaped by the strategies before this one. Its gradient, averaged over
                 the micro-batches of a window and over the ranks, is the window's.
             batch: The fresh micro-batch; with the logits of its forward, ``[b, t, v]``, as ``logits`` where a strategy
-                of the run has :attr:`needs_logits`.
+                of the run has :attr:`needs_logits`; with ``beside_loss`` where :meth:`rows_beside` passed with it.
             batch_idx: Its position in the sequence.
         """
         return loss
@@ -151,9 +178,9 @@ def check_resumed(then: dict[str, Any], now: dict[str, Any]) -> None:
                 f"--ckpt_path: the {where} has {name} in trainer.callbacks and the {other} has not; resume with the "
                 "configuration that wrote it"
             )
-        for key, value in now[name].items():
-            if key in then[name] and then[name][key] != value:
-                raise SecuraError(
-                    f"--ckpt_path: the checkpoint has {key}={then[name][key]} in trainer.callbacks' {name}, this "
-                    f"configuration has {value}; resume with the configuration that wrote it"
-                )
+        if found := first_difference(then[name], now[name]):
+            key, before, value = found
+            raise SecuraError(
+                f"--ckpt_path: the checkpoint has {key}={before} in trainer.callbacks' {name}, this configuration has "
+                f"{value}; resume with the configuration that wrote it"
+            )

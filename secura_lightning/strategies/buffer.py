@@ -106,7 +106,7 @@ class ReplayBuffer(Strategy):
             ``ring`` the latest rows, equally many of each task.
         balanced: Draw equally from every past task, however many of its rows are held; otherwise from all rows alike.
         on_disk: Keep the rows in a file in the run's folder, for capacities beyond the memory. It grows with every row
-            that enters, and is never rewritten.
+            that enters, and what a checkpoint holds of it is never rewritten.
     """
 
     order: ClassVar[int] = 0
@@ -159,7 +159,8 @@ class ReplayBuffer(Strategy):
         """Continue with this rank's shard of a checkpoint."""
         mine = own(state_dict["ranks"], self._rank, self._world, "ReplayBuffer")
         if isinstance(self._store, FileStore):
-            self._store.resume(int(mine["words"]), self._found or self._store.path)
+            source = self._found or self._store.first
+            self._store.resume(mine["words"], source, self._kept(source.parent / "checkpoints"))
         self.rows.clear()
         for group, task, row, length, n_prompt, top, start in mine["table"].tolist():
             held = Held(task, row, length, n_prompt, top, None)
@@ -168,6 +169,19 @@ class ReplayBuffer(Strategy):
         self._keys = {held.key for rows in self.rows.values() for held in rows}
         self.offered = defaultdict(int, mine["offered"])
         self._generator.set_state(mine["generator"].cpu())
+
+    def _kept(self, folder: Path) -> dict[int, int]:
+        """The furthest end that the checkpoints of a folder know of each of this rank's files, by the file's number."""
+        ends: dict[int, int] = {}
+        for path in folder.glob("*.ckpt"):
+            try:
+                checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+                words = checkpoint["callbacks"]["ReplayBuffer"]["ranks"][self._rank]["words"].tolist()
+            except Exception:  # damaged, or of another run: nothing could be resumed from it (torch raises many types)
+                continue
+            end, number = [*words, 0][:2]
+            ends[number] = max(end, ends.get(number, 0))
+        return ends
 
     # ------------------------------------------------------------------- hooks
 

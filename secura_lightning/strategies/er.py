@@ -23,6 +23,8 @@ class ER(Replay):
         weight: Weight w of the replayed rows' loss; null: their share of the window's rows: all rows count alike.
     """
 
+    joins = True
+
     def __init__(self, replay_ratio: float = 0.5, weight: float | None = None) -> None:
         super().__init__(replay_ratio, weight)
 

@@ -1,7 +1,7 @@
 """The retention guard: a promise on base knowledge, kept while training.
 
 Every so many steps a part of the base-knowledge probe is scored; retention is the mean over kinds of min(1, score /
-score of the untouched base). The other part of the probe is what the run's report scores
+score of the untouched base). The other part of the probe is what the run's report scores, as the held-out part
 (:mod:`secura_lightning.strategies.watch`), so that the promise is checked on questions that never steered anything.
 When retention falls below the floor:
 
@@ -13,11 +13,14 @@ When retention falls below the floor:
   B (fusion ``base``: the change of W_t), in which fusion moves nothing. t = 0 and t = 1 are the two states exactly.
   Bisection takes retention to fall along the path; where it does not, a larger t may keep the floor too.
 
-Either way the state that a task ends in was itself scored and kept the floor, unless the task began below it.
+Every check scores what would be kept if the task ended there, with all that the adapter does at a task's end: fusion
+and SECURA's restraint, the truncation of a bounded ``frozen_rank``. So the state that a task leaves was itself scored
+and kept the floor, unless the state that the task began in does not.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import Any, ClassVar, Literal
 
@@ -33,7 +36,7 @@ from secura_lightning.data.task import Task
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.evaluate import ProbeScore, evaluate_probe
 from secura_lightning.strategies.base import Strategy, strategies_of
-from secura_lightning.strategies.memory import Memory
+from secura_lightning.strategies.memory import Memory, as_if_ended
 from secura_lightning.strategies.watch import ProbePart, retention, split_probe
 
 
@@ -83,7 +86,9 @@ class RetentionGuard(Strategy):
         self.bisections = bisections
         self.batch_size = batch_size
         self.needs_anchors = policy == "dial"
+        self.normalise = False  # as the report does
         self.watched: Probe | None = None
+        self.held_out: Probe | None = None  # what the report scores
         self.base: ProbeScore | None = None  # of the untouched base
         self.good: dict[str, Tensor] = {}  # the adapters' state at the last check that kept the floor
         self.good_step = 0  # steps of the task that it has learned
@@ -111,9 +116,10 @@ class RetentionGuard(Strategy):
             self.base = ProbeScore("", dict(then["kinds"]), float("nan"), then["perplexity"], 0, 0, None)
 
     def outcome(self) -> dict[str, Any]:
-        """The promise, how many questions it is kept by, and each task's retention, scale and steps."""
-        watched = len(self.watched.rows()) if self.watched else 0
-        return {"guard": {"floor": self.floor, "policy": self.policy, "watched": watched, "tasks": list(self.rows)}}
+        """The promise, what it is kept by and what the report scores, and each task's retention (of what is watched),
+        scale and steps."""
+        parts = {"watched": _size(self.watched), "held_out": _size(self.held_out)}
+        return {"guard": {"floor": self.floor, "policy": self.policy, **parts, "tasks": list(self.rows)}}
 
     # ------------------------------------------------------------------- hooks
 
@@ -130,6 +136,11 @@ class RetentionGuard(Strategy):
                     f"trainer.callbacks: RetentionGuard holds the trained weights, and {type(other).__name__} is "
                     "judged by others; set its evaluate_with: working, or drop the guard"
                 )
+        # Here, because that module imports this package.
+        from secura_lightning.callbacks.forgetting import ForgettingMonitor
+
+        monitors = [callback for callback in trainer.callbacks if isinstance(callback, ForgettingMonitor)]  # type: ignore[attr-defined]
+        self.normalise = bool(monitors) and monitors[0].normalise
         if self.watch is not None:
             self.watched = self.watch
         elif data.probe is None:
@@ -137,6 +148,7 @@ class RetentionGuard(Strategy):
         else:
             whole = data.probe.whole if isinstance(data.probe, ProbePart) else data.probe  # fitted before
             self.watched, data.probe = split_probe(whole, self.share)
+        self.held_out = data.probe
         warnings.filterwarnings(
             "ignore", message=".*training_step. returned .None.*"
         )  # while the guard lets steps pass
@@ -225,15 +237,21 @@ class RetentionGuard(Strategy):
         self.good_step = step
 
     def _retention(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """Retention of what would be kept if the task ended now."""
         assert self.base is not None
-        return retention(self._score(trainer, pl_module), self.base)
+        with as_if_ended(_adapters(pl_module)):
+            return retention(self._score(trainer, pl_module), self.base)
 
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> ProbeScore:
         assert self.watched is not None
         model: Any = pl_module.model
         tokenizer: Any = pl_module.tokenizer
-        with trainer.precision_plugin.forward_context():
-            return evaluate_probe(model, tokenizer, self.watched, self.limit, self.batch_size)
+        started = time.perf_counter()
+        try:
+            with trainer.precision_plugin.forward_context():
+                return evaluate_probe(model, tokenizer, self.watched, self.limit, self.batch_size, self.normalise)
+        finally:
+            self.seconds_aside += time.perf_counter() - started
 
 
 def move(adapters: AdapterSet, start: dict[str, Tensor], end: dict[str, Tensor], scale: float) -> None:
@@ -245,6 +263,11 @@ def move(adapters: AdapterSet, start: dict[str, Tensor], end: dict[str, Tensor],
 
 def _adapters(pl_module: LightningModule) -> AdapterSet:
     return pl_module.adapters  # type: ignore[return-value]
+
+
+def _size(probe: Probe | None) -> dict[str, Any] | None:
+    """A probe's name, and how much it asks."""
+    return None if probe is None else {"probe": probe.name, "questions": len(probe.rows()), "texts": len(probe.texts())}
 
 
 def _log(trainer: Trainer, scalars: dict[str, float | None]) -> None:

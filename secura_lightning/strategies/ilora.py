@@ -14,13 +14,14 @@ LoRA-Null v2, the weights themselves of full fine-tuning. LoRA, DoRA, PiSSA, MiL
 fusion average their factors A and B each, as the paper does: the average of products B A has a rank of its own and
 would be no such adapter.
 
-The two public implementations move no tensor of the long-term memory at all; here ``ilora/distance`` shows
-||theta_w - theta_l|| / ||theta_w||.
+The two public implementations move no tensor of the long-term memory at all; here
+``telemetry/slow_fast_distance`` shows ||theta_w - theta_l|| / ||theta_w||.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -77,7 +78,9 @@ class ILoRA(Replay):
         self.evaluate_with = evaluate_with
         self.memory: Memory | None = None
         self.steps = 0  # updates of the long-term memory
+        self.joins = layers == "last" or not consistency
         self._restored: dict[str, Tensor] | None = None
+        self._seen: list[Tensor] = []  # last hidden states of the forward that is under way
 
     # ------------------------------------------------------------------- state
 
@@ -108,9 +111,6 @@ class ILoRA(Replay):
             return
         self.memory.follow(min(self.steps / (self.steps + 1), self.decay) if self.warmup else self.decay)
         self.steps += 1
-        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if interval and trainer.global_step % interval == 0:
-            pl_module.log("ilora/distance", self.memory.distance(), batch_size=1)
 
     def evaluating(self, pl_module: LightningModule) -> AbstractContextManager[Any]:
         """The model with the long-term memory, if that is what is judged."""
@@ -139,19 +139,34 @@ class ILoRA(Replay):
         pl_module.log("ilora/consistency", apart.detach(), batch_size=len(replayed.rows))
         return weight * loss + self.consistency * apart
 
+    def watching(self, pl_module: LightningModule) -> AbstractContextManager[Any]:
+        """Keep the last hidden states, where replayed rows may pass with the fresh ones."""
+        compared = self._now is not None and self.layers == "last" and self.consistency > 0
+        return self._recording(pl_module) if compared else nullcontext()
+
+    @contextmanager
+    def _recording(self, pl_module: LightningModule) -> Iterator[None]:
+        """Within the context the last hidden states of a forward are kept."""
+        model: Any = pl_module.model
+        hook = model.base_model.register_forward_hook(lambda module, given, output: self._seen.append(output[0]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def _forward(
         self, pl_module: LightningModule, inputs: dict[str, Tensor], replayed: Replayed
     ) -> tuple[list[Tensor], Tensor]:
         """The working memory's states as in :meth:`_states`, and the mean cross-entropy, from one forward."""
         model: Any = pl_module.model
         if self.layers == "last":  # the module may take the loss without ever holding all logits
-            seen: list[Tensor] = []
-            hook = model.base_model.register_forward_hook(lambda module, given, output: seen.append(output[0]))
-            try:
-                loss = pl_module.answer_loss(replayed.batch)  # type: ignore[operator]
-            finally:
-                hook.remove()
-            return seen, loss / replayed.trained
+            loss = replayed.loss
+            if loss is None:
+                with self._recording(pl_module):
+                    loss = pl_module.answer_loss(replayed.batch)  # type: ignore[operator]
+            rows, width = inputs["input_ids"].shape
+            last, self._seen = self._seen[-1], []
+            return [last[-rows:, :width]], loss / replayed.trained
         output = model(**inputs, output_hidden_states=self.layers == "all")
         states = [output.logits] if self.layers == "logits" else list(output.hidden_states[1:])
         return states, summed_cross_entropy(output.logits, replayed.batch["labels"]) / replayed.trained

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secura_lightning.adapters import AdapterSet
+from secura_lightning.adapters.base import AdapterLayer
 
 
 class Memory:
@@ -56,6 +57,23 @@ class Memory:
             for name, layer in self.adapters.layers.items():
                 stack.enter_context(layer.at({key: self.values[place] for key, place in self._names[name].items()}))
             yield
+
+
+@contextmanager
+def as_if_ended(adapters: AdapterSet) -> Iterator[None]:
+    """Within the context the adapters are what they would be if the task ended now; then they are as they were.
+
+    What ends a task may move outputs: SECURA's restraint shrinks rows as it fuses, a bounded ``frozen_rank`` truncates.
+    """
+    if all(type(layer).end_task is AdapterLayer.end_task for layer in adapters.layers.values()):
+        yield
+        return
+    before = {name: value.clone() for name, value in adapters.state_dict().items()}
+    adapters.end_task()
+    try:
+        yield
+    finally:
+        adapters.load_state_dict(before)
 
 
 @contextmanager

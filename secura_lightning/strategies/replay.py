@@ -34,12 +34,14 @@ class Replayed:
         trained: Trained tokens of the replayed rows of the whole window, as a divisor that makes the sum over a window
             and all ranks a mean: gradients are averaged over micro-batches and ranks. A scalar.
         tokens: The same of all tokens, prompts included.
+        loss: Their summed cross-entropy, a scalar, where they passed the model together with the fresh rows.
     """
 
     rows: list[Sample]
     batch: dict[str, Tensor]
     trained: Tensor
     tokens: Tensor
+    loss: Tensor | None = None
 
 
 class Drawing(Strategy, ABC):
@@ -71,6 +73,12 @@ class Drawing(Strategy, ABC):
         """``rows`` as a batch on ``device``, padded among themselves."""
         return {name: tensor.to(device, non_blocking=True) for name, tensor in collate(rows, self._pad).items()}
 
+    def count(self, rows: list[Sample]) -> None:
+        """Note that ``rows`` were trained on, as one batch."""
+        lengths = [len(row.ids) for row in rows]
+        tokens, times_length = self.tokens_beside
+        self.tokens_beside = tokens + sum(lengths), times_length + sum(lengths) * max(lengths)
+
 
 class Replay(Drawing):
     """A strategy that trains on rows of past tasks beside the fresh ones.
@@ -82,6 +90,8 @@ class Replay(Drawing):
     """
 
     order: ClassVar[int] = 10
+    joins: bool = False
+    """Whether one forward of fresh and replayed rows gives it all that it needs."""
     role: ClassVar[str | None] = "replay rows of the buffer beside the fresh ones"
 
     def __init__(self, replay_ratio: float = 0.5, weight: float | None = None) -> None:
@@ -95,27 +105,44 @@ class Replay(Drawing):
         self._window: list[list[Sample]] = []  # replayed rows of the micro-batches that are left of this window
         self._drawn = 0  # replayed rows of the whole window
         self._trained = self._tokens = torch.ones(())
+        self._now: tuple[Replayed | None, float] | None = None  # this micro-batch's rows, and their loss's weight
 
-    def shape_loss(
-        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, batch: dict[str, Any], batch_idx: int
-    ) -> Tensor:
-        """``(1 - w) loss`` and what the replayed rows add, from the second task on."""
+    def rows_beside(
+        self, trainer: Trainer, pl_module: LightningModule, batch: dict[str, Any], batch_idx: int
+    ) -> dict[str, Tensor] | None:
+        """Draw, from the second task on; the rows, where they may pass with the fresh ones."""
+        self._now = None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         position = data.plan.locate(batch_idx)
         if position.task == 0:
-            return loss
+            return None
         fresh = len(batch["rows"]) * data.plan.accumulate
         if position.micro == 0:
             self._drawn = rows_of_step(position.step, fresh * self._share)
             self._draw_window(trainer, pl_module, position.task, self._drawn)
         if not self._window:
-            return loss
+            return None
         rows = self._window.pop(0)
         weight = self._drawn / (self._drawn + fresh) if self.weight is None else self.weight
-        loss = (1 - weight) * loss
         if not rows:
-            return loss
+            self._now = None, weight
+            return None
         replayed = Replayed(rows, self.collate(rows, pl_module.device), self._trained, self._tokens)
+        self._now = replayed, weight
+        self.count(rows)
+        return replayed.batch if self.joins else None
+
+    def shape_loss(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, batch: dict[str, Any], batch_idx: int
+    ) -> Tensor:
+        """``(1 - w) loss`` and what the replayed rows add, from the second task on."""
+        if self._now is None:
+            return loss
+        (replayed, weight), self._now = self._now, None
+        loss = (1 - weight) * loss
+        if replayed is None:
+            return loss
+        replayed.loss = batch.get("beside_loss")
         return loss + self.replay_loss(trainer, pl_module, replayed, weight)
 
     @abstractmethod
@@ -124,7 +151,8 @@ class Replay(Drawing):
 
     def cross_entropy(self, pl_module: LightningModule, replayed: Replayed) -> Tensor:
         """The mean cross-entropy of the replayed rows' answers, logged as ``train/replay_loss``."""
-        loss = pl_module.answer_loss(replayed.batch) / replayed.trained  # type: ignore[operator]
+        total = pl_module.answer_loss(replayed.batch) if replayed.loss is None else replayed.loss  # type: ignore[operator]
+        loss = total / replayed.trained
         pl_module.log("train/replay_loss", loss.detach(), batch_size=len(replayed.rows))
         return loss
 

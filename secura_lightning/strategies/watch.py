@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from secura_lightning.data.probe import Probe
 from secura_lightning.data.rows import Row
@@ -20,20 +20,31 @@ from secura_lightning.metrics.continual import base_retention
 T = TypeVar("T")
 
 
+Part = Literal["watched", "held-out"]
+
+
 class ProbePart(Probe):
-    """Some of the rows and texts of another probe.
+    """Some of the rows and texts of another probe, scored as it scores them, under a name that says so.
 
     Args:
         whole: The other probe.
+        part: Which part: what a strategy may act on, or the rest.
         rows: Its rows that belong to the part.
         texts: Its texts that do.
     """
 
-    def __init__(self, whole: Probe, rows: list[Row], texts: list[str]) -> None:
-        super().__init__(whole.name, whole.max_new_tokens, whole.separator)
+    def __init__(self, whole: Probe, part: Part, rows: list[Row], texts: list[str]) -> None:
+        super().__init__(f"{whole.name} ({part} part)", whole.max_new_tokens, whole.separator)
         self.whole = whole
+        self.part = part
+        self.stop, self.window, self.stride = whole.stop, whole.window, whole.stride
+        self.chat, self.system = whole.chat, whole.system
         self._rows = rows
         self._texts = texts
+
+    def metric(self, row: Row) -> str:
+        """The whole probe's metric for a row."""
+        return self.whole.metric(row)
 
     def rows(self) -> list[Row]:
         """The part's questions."""
@@ -64,8 +75,8 @@ def split_probe(probe: Probe, share: float) -> tuple[ProbePart, ProbePart]:
             "give the guard its own with watch"
         )
     return (
-        ProbePart(probe, [rows[i] for i in sorted(watched)], [texts[i] for i in sorted(documents)]),
-        ProbePart(probe, _without(rows, watched), _without(texts, documents)),
+        ProbePart(probe, "watched", [rows[i] for i in sorted(watched)], [texts[i] for i in sorted(documents)]),
+        ProbePart(probe, "held-out", _without(rows, watched), _without(texts, documents)),
     )
 
 

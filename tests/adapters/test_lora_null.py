@@ -66,6 +66,17 @@ def test_inputs_like_the_calibration_hardly_pass_a0(basis: str) -> None:
     assert passed < 1e-6 * (text() @ random.t()).norm() / (random.norm() * text().norm())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"), [(torch.float64, 0, 1e-7), (torch.float32, 1e-8, 1e-3), (torch.float16, 1e-3, 1e-1)]
+)
+def test_half_precision_moments_let_a_thousandth_of_the_inputs_through(
+    dtype: torch.dtype, least: float, most: float
+) -> None:
+    x = text() / text().abs().max()
+    null, _ = null_basis((x.to(dtype).t() @ x.to(dtype)).double(), RANK)
+    assert least <= (x @ null).norm() / x.norm() < most
+
+
 def test_start_is_that_of_two_svds() -> None:
     weight = layer_of().base.weight
     u, _, _ = torch.linalg.svd(text().t())  # the authors: null space by SVD of X, then SVD of W0 projected

@@ -196,6 +196,7 @@ def test_state_of_another_shape_is_still_refused_and_changes_nothing() -> None:
     ("settings", "message"),
     [
         ({"version": "v1"}, r"model\.adapter\.version: v1 trains A out of the null space.*set version: v2"),
+        ({"moments": "float16"}, r"model\.adapter\.moments is 'float16': choose one of float64, float32"),
         ({"frozen_rank": 0}, r"model\.adapter\.frozen_rank is 0: it must be at least 1"),
     ],
 )
@@ -210,3 +211,40 @@ def test_strategies_that_hold_coordinates_are_refused() -> None:
     layer.end_task()
     with pytest.raises(ConfigError, match=r"takes new coordinates for every task.*use LoRANullConfig"):
         layer.anchors()
+
+
+def test_layers_of_one_input_keep_one_matrix_between_them_and_take_the_same_basis() -> None:
+    query, key, alone = layer_of(basis="orthonormal"), layer_of(basis="orthonormal", rank=3), layer_of()
+    for inputs in (FIRST, SECOND):
+        query.calibrate(inputs.t() @ inputs, [key])
+        alone.calibrate(inputs.t() @ inputs)
+    assert torch.equal(query.gram, alone.gram)
+    assert key.gram.shape == (0,)
+    assert torch.equal(key.lora_A, query.lora_A[:3])
+    assert key.leakage < query.leakage
+    with pytest.raises(SecuraError, match="kept by another module"):
+        key.calibrate(FIRST.t() @ FIRST)
+
+
+def test_the_matrix_stays_in_fp64_on_the_cpu_whatever_the_model_becomes() -> None:
+    model, adapters = pair()
+    adapters.layers["0"].calibrate(BASE.t() @ BASE)
+    gram = adapters.state_dict()["0.gram"].clone()
+    model.to(torch.bfloat16)
+    model.to("meta")
+    assert adapters.layers["0"].lora_A.is_meta
+    assert torch.equal(adapters.state_dict()["0.gram"], gram)
+
+
+def test_moments_in_fp32_take_half_the_space_and_protect_nearly_as_well() -> None:
+    exact, rounded = layer_of(), layer_of(moments="float32")
+    for layer in (exact, rounded):
+        layer.calibrate(FIRST.t() @ FIRST)
+        layer.calibrate(SECOND.t() @ SECOND)
+    assert exact.gram.dtype == torch.float64
+    assert rounded.gram.dtype == torch.float32
+    for inputs in (BASE, FIRST):
+        one, other = (
+            (inputs @ layer.lora_A.t()).norm() / inputs.norm() / layer.lora_A.norm() for layer in (exact, rounded)
+        )
+        assert one < other < 1e-6

@@ -36,7 +36,7 @@ def test_dense_weight_is_what_the_layer_multiplies_by(kind: str) -> None:
     torch.testing.assert_close(dense_weight(model[0]), dense)  # also after the first forward
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("config", [v for v in VARIANTS.values() if not isinstance(v, FullConfig)], ids=repr)
 def test_adapter_on_a_quantised_base(config: AdapterConfig, kind: str, bias: bool) -> None:

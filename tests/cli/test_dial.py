@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,6 @@ class Path1:
 
     def __init__(self) -> None:
         from contextlib import nullcontext
-        from types import SimpleNamespace
 
         self.scale = 0.0
         self.adapters = SimpleNamespace(disabled=lambda: nullcontext())
@@ -122,3 +122,48 @@ def test_sweeps_a_real_run_and_writes_a_mergeable_adapter(finished: Fit, tmp_pat
         for name, value in adapters.state_dict().items():
             torch.testing.assert_close(value, last[name] * (scale if name.endswith("lora_B") else 1))
     assert main(["merge", "--ckpt", str(out / "dialled.ckpt"), "--out", str(tmp_path / "merged")]) == 0
+
+
+def test_scores_are_taken_as_the_run_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def score(model: Any, tokenizer: Any, what: Any, *rest: Any) -> Any:
+        seen.append(rest)
+        return SimpleNamespace(task="one", value=0.5)
+
+    monkeypatch.setattr(dial, "evaluate_task", score)
+    monkeypatch.setattr(dial, "evaluate_probe", score)
+    data: Any = SimpleNamespace(tasks=["task"], probe="probe")
+    scorer = dial._Scorer(None, None, data, dial.Scoring("validation", 5, 7, True))
+    assert scorer.tasks() == {"one": 0.5}
+    scorer.probe()
+    assert seen == [("validation", 5, 7, True), (5, 7, True)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("bf16-mixed", torch.bfloat16), ("bf16", torch.bfloat16), ("32-true", None), (None, None)]
+)
+def test_precision_is_that_of_fit(precision: str | None, kind: torch.dtype | None) -> None:
+    with dial.autocast_of(precision, "cpu"):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (kind or torch.float32)
+
+
+@pytest.mark.slow
+def test_the_end_of_the_path_scores_as_the_run_did(tmp_path: Path) -> None:
+    changes = {
+        "model.init": "pretrained",
+        "trainer.precision": "bf16-mixed",
+        "data.tasks": ["PocketLogic", "PocketDigest"],
+        "data.steps_per_task": [3, 3],
+        "data.probe": "PocketProbe",
+        "data.max_length": 128,
+        "forgetting.limit": 16,
+        "forgetting.normalise": True,
+    }
+    run = fit_into(tmp_path, changes)
+    assert main(["dial", "--ckpt", str(run.folder), "--points", "2", "--out", str(tmp_path / "dial")]) == 0
+    end = json.loads((tmp_path / "dial" / "dial.json").read_text())["points"][-1]
+    assert list(end["tasks"].values()) == run.report["matrix"][-1]
+    assert end["kinds"] == {kind: column[-1] for kind, column in run.report["base_knowledge"]["kinds"].items()}
+    assert end["perplexity"] == pytest.approx(run.report["base_knowledge"]["perplexity"][-1], rel=1e-6)

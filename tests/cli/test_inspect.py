@@ -13,6 +13,7 @@ from secura_lightning.cli.inspect import describe_task, world_size
 from secura_lightning.cli.main import main
 from secura_lightning.data.rows import Row
 from secura_lightning.data.sequence import SequenceDataModule
+from tests.data.chat_templates import chat_tokenizer
 from tests.evaluation.tiny import ListTask
 from tests.integration.conftest import TINY, merged
 
@@ -106,3 +107,18 @@ def test_classes_overlap_and_truncation_are_counted(tokenizer: Any) -> None:
 )
 def test_devices_are_counted_as_the_trainer_does(devices: Any, nodes: int, expected: int) -> None:
     assert world_size("cpu", devices, nodes) == expected
+
+
+def test_the_chat_template_and_its_neglect_are_shown() -> None:
+    tokenizer = chat_tokenizer("gemma")
+    task = ListTask("talk", [Row(str(i), "How are you?", "well") for i in range(3)])
+    shown = {}
+    for chat in ("auto", False):
+        data = SequenceDataModule(tasks=[task], batch_size=1, max_length=256, chat=chat, cache=None)
+        data.lay_out(tokenizer)
+        shown[chat] = "\n".join(describe_task(data, 0, tokenizer, 1))
+    rendered = r"'<s><start_of_turn>user\nPROMPT<end_of_turn>\n<start_of_turn>model\nANSWER<end_of_turn>'"
+    assert f"format      chat template: {rendered}\n" in shown["auto"]
+    assert "<start_of_turn>model\n  | [[well<end_of_turn>]]" in shown["auto"]
+    assert "(the tokenizer has a chat template, which data.chat leaves unused)" in shown[False]
+    assert "[[ well</s>]]" in shown[False]

@@ -17,6 +17,7 @@ from secura_lightning.adapters import (
     FullConfig,
     LoRAConfig,
     LoRANullConfig,
+    LoRANullSequenceConfig,
     MiLoRAConfig,
     SECURAConfig,
     inject,
@@ -24,6 +25,7 @@ from secura_lightning.adapters import (
 from secura_lightning.cli import plan as command
 from secura_lightning.cli.main import main
 from secura_lightning.modeling import plan as module
+from secura_lightning.modeling.gram import stream_grams
 from secura_lightning.modeling.load import BaseSpec, load_model
 from secura_lightning.modeling.plan import Shape, estimate, optimizer_bytes
 
@@ -93,6 +95,23 @@ def test_every_adapter_is_planned_as_it_is_measured(name: str, monkeypatch: pyte
     for key in ("parameters", "trainable", "weights", "adapters", "gradients", "optimizer", "buffers"):
         assert getattr(memory, key) == real[key], key
     assert memory.activations == pytest.approx(real["activations"], rel=0.03)
+
+
+def test_kept_moments_are_planned_as_they_are_measured() -> None:
+    spec, config = BaseSpec(), LoRANullSequenceConfig(rank=4)
+    memory = estimate(spec, config, SHAPE, adamw)
+    model = load_model(spec)
+    adapters = inject(model, config)
+    sequences = [[1, 5, 9, 4], [7, 3]]
+
+    def take(names: list[str], gram: torch.Tensor) -> None:
+        first, *others = (adapters.layers[name] for name in names)
+        first.calibrate(gram, others)
+
+    with torch.no_grad():
+        stream_grams(model, dict(adapters.layers), sequences, take)
+    assert memory.moments == _size(value for key, value in adapters.state_dict().items() if key.endswith(".gram"))
+    assert "and 4.0 MB of the CPU's memory, and of every checkpoint" in command.table(memory, SHAPE, "pocket")
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), [("bfloat16", None), ("float32", torch.bfloat16), ("float64", None)])

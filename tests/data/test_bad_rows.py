@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from secura_lightning.data.benchmark import BenchmarkTask, check
 from secura_lightning.data.catalogue import BENCHMARKS
-from secura_lightning.data.encode import encode_row
+from secura_lightning.data.encode import encode_rows
 from secura_lightning.data.rows import Row
 from secura_lightning.data.tasks.benchmark import Benchmark
 from secura_lightning.data.tasks.cnn_dailymail import CNNDailyMail
@@ -151,7 +151,7 @@ def test_row_whose_labels_would_all_be_masked_is_refused_with_its_number(tmp_pat
     )
     (row,) = task.rows("train")
     with pytest.raises(SecuraError, match=r"row train/1: .* no token of the answer 'zz', so none would be trained"):
-        encode_row(tokenizer, row, 32)
+        encode_rows(tokenizer, [row], 32)
 
 
 NAMES: Any = list(BENCHMARKS)

@@ -11,9 +11,8 @@ from secura_lightning.data.encode import (
     Encoded,
     collate,
     encode_prompt,
-    encode_row,
     encode_rows,
-    encode_text,
+    encode_texts,
     pack,
 )
 from secura_lightning.data.rows import Row
@@ -28,7 +27,7 @@ def trained_text(tokenizer, encoded: Encoded) -> str:
 
 
 def test_answer_and_end_of_sequence_are_trained_and_nothing_else(tokenizer) -> None:
-    encoded = encode_row(tokenizer, Row("1", "What is 2 + 3?", "The sum is 5."), 64)
+    encoded = encode_rows(tokenizer, [Row("1", "What is 2 + 3?", "The sum is 5.")], 64)[0]
     assert encoded.ids[0] == tokenizer.bos_token_id
     assert encoded.ids[-1] == tokenizer.eos_token_id
     assert trained_text(tokenizer, encoded) == " The sum is 5." + tokenizer.eos_token
@@ -40,11 +39,11 @@ def test_training_continues_exactly_the_prompt_that_generation_sees(
     tokenizer, prompt: str, answer: str, room: int
 ) -> None:
     row = Row("1", prompt.rstrip(), answer)
-    encoded = encode_row(tokenizer, row, 1000)
+    encoded = encode_rows(tokenizer, [row], 1000)[0]
     assert list(encoded.ids[: encoded.n_prompt]) == encode_prompt(tokenizer, row.prompt)
     assert encoded.n_trained == sum(label != IGNORED for label in collate([encoded], 0)["labels"][0, 1:].tolist())
     length = len(encoded.ids) - encoded.n_prompt + room
-    cut = encode_row(tokenizer, row, length)
+    cut = encode_rows(tokenizer, [row], length)[0]
     assert len(cut.ids) <= length
     assert list(cut.ids[cut.n_prompt :]) == list(encoded.ids[encoded.n_prompt :])
     assert cut.ids[0] == tokenizer.bos_token_id
@@ -87,7 +86,7 @@ def test_rows_together_are_rows_alone_and_every_answer_is_whole_or_refused(
             encode_rows(tokenizer, rows, length, separator)
         return
     found = encode_rows(tokenizer, rows, length, separator)
-    assert found == [encode_row(tokenizer, row, length, separator) for row in rows]
+    assert found == [encode_rows(tokenizer, [row], length, separator)[0] for row in rows]
     for row, encoded, answer in zip(rows, found, wanted, strict=True):
         prompt = encode_prompt(tokenizer, row.prompt)
         assert list(encoded.ids[encoded.n_prompt :]) == answer
@@ -106,25 +105,25 @@ def test_rows_together_are_rows_alone_and_every_answer_is_whole_or_refused(
 @given(st.text("ab ", max_size=8), st.text("ab ", max_size=8).filter(str.strip), st.sampled_from(["", " "]))
 def test_a_token_over_the_border_never_changes_the_prompt(prompt: str, answer: str, separator: str) -> None:
     tokenizer = VARIANTS[3]
-    encoded = encode_row(tokenizer, Row("1", prompt, answer), 100, separator)
+    encoded = encode_rows(tokenizer, [Row("1", prompt, answer)], 100, separator)[0]
     assert list(encoded.ids[: encoded.n_prompt]) == tokenizer(prompt)["input_ids"]
     assert "".join(tokenizer.convert_ids_to_tokens(encoded.ids)) == prompt + separator + answer
 
 
 def test_an_answer_without_tokens_is_refused() -> None:
     with pytest.raises(SecuraError, match="row 3: the tokenizer makes no token of the answer 'xyz'"):
-        encode_row(VARIANTS[3], Row("3", "a", "xyz"), 10, "")
+        encode_rows(VARIANTS[3], [Row("3", "a", "xyz")], 10, "")
 
 
 def test_empty_and_oversized_answers_are_refused_with_the_row(tokenizer) -> None:
     with pytest.raises(SecuraError, match="row 7: the answer is empty"):
-        encode_row(tokenizer, Row("7", "Hello", "  "), 64)
+        encode_rows(tokenizer, [Row("7", "Hello", "  ")], 64)
     with pytest.raises(SecuraError, match=r"row 8: .*raise data.max_length above"):
-        encode_row(tokenizer, Row("8", "Hello", "a long answer " * 20), 16)
+        encode_rows(tokenizer, [Row("8", "Hello", "a long answer " * 20)], 16)
 
 
 def test_padding_carries_no_label_and_no_attention(tokenizer) -> None:
-    short, long = (encode_row(tokenizer, Row("1", "Say it.", text), 64) for text in ("no", "yes and yes and yes"))
+    short, long = encode_rows(tokenizer, [Row("1", "Say it.", text) for text in ("no", "yes and yes and yes")], 64)
     batch = collate([short, long], tokenizer.pad_token_id)
     width = len(short.ids)
     assert (batch["labels"][0, width:] == IGNORED).all()
@@ -133,7 +132,7 @@ def test_padding_carries_no_label_and_no_attention(tokenizer) -> None:
 
 
 def test_packing_keeps_the_order_and_drops_less_than_a_block(tokenizer) -> None:
-    documents = [encode_text(tokenizer, text) for text in ("The sky is blue.", "Grass is green.", "Snow is white.")]
+    documents = encode_texts(tokenizer, ["The sky is blue.", "Grass is green.", "Snow is white."])
     stream = [token for document in documents for token in document]
     blocks = pack(documents, 6)
     assert [token for block in blocks for token in block.ids] == stream[: len(stream) // 6 * 6]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from secura_lightning.data import tokenise
-from secura_lightning.data.encode import Encoded, encode_row, encode_text
+from secura_lightning.data.encode import Encoded, encode_rows, encode_texts
 from secura_lightning.data.rows import Row
 from secura_lightning.data.sequence import SequenceDataModule
 from secura_lightning.data.store import EncodedRows, StoreWriter
@@ -42,7 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_are_those_of_one_at_a_time(tokenizer: Any) -> None:
     found = Tokeniser(tokenizer, 9, None).encode(ListTask("list", ROWS))
     for row, encoded in zip(ROWS, found, strict=True):
-        alone = encode_row(tokenizer, row, 9)
+        alone = encode_rows(tokenizer, [row], 9)[0]
         assert (encoded.ids.tolist(), encoded.n_prompt, encoded.truncated) == (
             list(alone.ids), alone.n_prompt, alone.truncated,
         )  # fmt: skip
@@ -92,7 +92,7 @@ def test_several_processes_keep_the_order(tokenizer: Any) -> None:
 def test_text_loses_one_tail_whatever_the_chunks(tokenizer: Any) -> None:
     texts = [f"The number {i} follows {i - 1}." for i in range(50)]
     found = Tokeniser(tokenizer, 16, None).encode(Document("text", [Row("", "", text) for text in texts]))
-    stream = [token for text in texts for token in encode_text(tokenizer, text)]
+    stream = [token for text in texts for token in encode_texts(tokenizer, [text])[0]]
     assert found.ids.tolist() == stream[: len(stream) // 16 * 16]
     assert set(found.lengths) == {16}
 

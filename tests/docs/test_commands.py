@@ -44,7 +44,8 @@ def shown(path: Path) -> Iterator[str]:
     """The lines and code spans of a page, or of a configuration's header, that are a command with an option."""
     text = path.read_text()
     if path.suffix == ".yaml":
-        head = "".join(line[2:] for line in text.splitlines(keepends=True) if line.startswith("# ")).replace("\\\n", " ")
+        comments = [line[2:] for line in text.splitlines(keepends=True) if line.startswith("# ")]
+        head = "".join(comments).replace("\\\n", " ")
         lines = re.findall(r"^(?:Run|Try|Then|See|What):\s+(.*)$", head, re.M)
     else:
         blocks = "\n".join(fences(text, "bash"))
@@ -100,8 +101,8 @@ def test_command_has_these_options(
 
 
 def write_files(page: str, folder: Path) -> None:
-    """Write every block that follows a paragraph's end of the form `` `name` ``: as the guide's reader would."""
-    for name, content in re.findall(r"`([\w./-]+)`[^`\n]*:\n\n```(?:json|yaml)\n(.*?)^```", page, re.S | re.M):
+    """Write every block that follows a line of the form `` `name` ...: `` as the guide's reader would."""
+    for name, content in re.findall(r"^`([\w./-]+)`[^\n]*:\n\n```(?:json|yaml)\n(.*?)^```", page, re.S | re.M):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)

@@ -20,6 +20,16 @@ def test_batches_cover_everything_once_within_the_bounds(lengths: list[int], siz
         assert tokens is None or len(batch) == 1 or len(batch) * lengths[batch[0]] <= tokens
 
 
+@given(st.lists(st.integers(1, 30), max_size=8), st.integers(1, 4), st.integers(0, 40))
+def test_no_other_cut_of_the_sorted_sequences_costs_less(lengths: list[int], size: int, overhead: int) -> None:
+    def least(rest: list[int]) -> int:
+        first = range(1, min(size, len(rest)) + 1)
+        return min((n * rest[0] + overhead + least(rest[n:]) for n in first), default=0)
+
+    found = batches(lengths, size, overhead=overhead)
+    assert sum(len(batch) * lengths[batch[0]] + overhead for batch in found) == least(sorted(lengths, reverse=True))
+
+
 def test_left_pad_aligns_ends_and_counts_positions_from_the_first_token() -> None:
     found = left_pad([[5, 6, 7], [8]], 9, torch.device("cpu"))
     assert found["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8]]

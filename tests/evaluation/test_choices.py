@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from secura_lightning.data.encode import encode_answer, encode_prompt
+from secura_lightning.data.encode import encode_answers, encode_prompt
 from secura_lightning.data.rows import Row
 from secura_lightning.evaluation.choices import choice_likelihoods, pick_choices
 from tests.evaluation.tiny import chain_llama
@@ -18,7 +18,7 @@ ROWS = [
 
 def by_hand(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, row: Row, choice: str) -> float:
     """One pair at a time, without padding or cache."""
-    prompt, answer = encode_prompt(tokenizer, row.prompt), encode_answer(tokenizer, row.prompt, choice)
+    prompt, answer = encode_prompt(tokenizer, row.prompt), encode_answers(tokenizer, [(row.prompt, choice)])[0]
     with torch.no_grad():
         scores = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
     return sum(float(scores[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
@@ -37,7 +37,7 @@ def test_single_token_choices_need_one_forward(model: LlamaForCausalLM, tokenize
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     rows = [Row("0", "Which one?", "a", ("a", "b", "c")), Row("1", "And now, which", "c", ("a", "b", "c"))]
-    found = choice_likelihoods(model, tokenizer, rows, separator="")
+    found = choice_likelihoods(model, tokenizer, rows, form="")
     assert len(calls) == 1
     prompt = torch.tensor([encode_prompt(tokenizer, rows[1].prompt)])
     with torch.no_grad():
@@ -112,3 +112,13 @@ def test_long_prompt_is_cut_on_the_left_and_choices_never(
     found = choice_likelihoods(model, tokenizer, [long, short])
     np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
     assert np.isfinite(found[0]).all()
+
+
+def test_a_batch_that_is_read_in_parts_scores_as_rows_alone(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [Row(str(n), f"Question {n}: " * (1 + n % 4), "yes", ("yes", "yes, so", "no")) for n in range(60)]
+    assert sum(len(row.prompt) for row in rows) > 1280  # more than a CPU reads in one pass
+    together = choice_likelihoods(model, tokenizer, rows, batch_size=1000)
+    for row, values in zip(rows, together, strict=True):
+        assert values == pytest.approx(choice_likelihoods(model, tokenizer, [row])[0], abs=1e-4)

@@ -1,11 +1,13 @@
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from secura_lightning.data.encode import encode_prompt
 from secura_lightning.errors import ConfigError
+from secura_lightning.evaluation.batching import lay_together
 from secura_lightning.evaluation.generate import generate
 from tests.evaluation.tiny import chain_llama, tiny_llama
 
@@ -65,11 +67,11 @@ def test_settings_of_the_model_neither_change_answers_nor_warn(tokenizer: PreTra
     assert model.config.use_cache is False
 
 
-def test_ends_that_the_model_lists_are_kept(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_ends_that_the_model_lists_end_an_answer_and_are_no_part_of_it(tokenizer: PreTrainedTokenizerFast) -> None:
     model = chain_llama({"a": "b", "b": "c", "c": "d"})
     end_of_turn = tokenizer("c")["input_ids"][0]
     model.generation_config.eos_token_id = [1, end_of_turn]
-    assert generate(model, tokenizer, ["a"], 8) == ["bc"]
+    assert generate(model, tokenizer, ["a"], 8) == ["b"]
 
 
 def test_mode_and_random_state_are_restored_module_by_module(
@@ -117,8 +119,63 @@ def test_prompt_longer_than_the_context_keeps_its_end(
 def test_progress_counts_every_prompt(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     done: list[int] = []
     generate(model, tokenizer, PROMPTS, 2, batch_size=3, progress=done.append)
-    assert sorted(done) == [1, 3, 3]
+    assert sum(done) == len(PROMPTS) == 7
+    assert max(done) <= 3
 
 
 def test_no_prompts_no_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     assert generate(model, tokenizer, [], 2) == []
+
+
+def test_a_batch_that_is_read_in_parts_and_shrinks_says_what_each_row_says_alone(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model.generation_config.eos_token_id = list(range(0, 259, 9))  # rows end at different steps
+    prompts = ["x" * (n % 7) + f"{n} and " * (1 + n % 8) for n in range(48)]
+    assert sum(map(len, prompts)) > 1280  # more than a CPU reads in one pass
+    sizes: list[int] = []
+    plain = model.forward
+
+    def counted(ids: torch.Tensor, **inputs: Any) -> Any:
+        sizes.append(len(ids))
+        return plain(ids, **inputs)
+
+    alone = [generate(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
+    model.forward = lambda input_ids, **inputs: counted(input_ids, **inputs)  # type: ignore[method-assign]
+    assert generate(model, tokenizer, prompts, 12, batch_size=64) == alone
+    assert len({len(answer) for answer in alone}) > 3
+    steps = sizes[sizes.index(48) :]  # after the parts
+    assert steps == sorted(steps, reverse=True)
+    assert steps[-1] < 48
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_rows_that_take_the_place_of_ended_ones_say_what_they_say_alone(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, sliding: bool
+) -> None:
+    talker = tiny_gemma() if sliding else model
+    talker.generation_config.eos_token_id = list(range(0, 259, 9))  # rows end at different steps
+    prompts = [f"{n} and " * (1 + n % 8) for n in range(40)]
+    alone = [generate(talker, tokenizer, [prompt], 12)[0] for prompt in prompts]
+    laid: list[int] = []
+
+    def counted(model: Any, parts: Any) -> Any:
+        laid.append(len(parts))
+        return lay_together(model, parts)
+
+    monkeypatch.setattr("secura_lightning.evaluation.generate.lay_together", counted)
+    done: list[int] = []
+    assert generate(talker, tokenizer, prompts, 12, batch_size=8, progress=done.append) == alone
+    assert bool(laid) is not sliding  # a sliding window's cache does not hold all tokens
+    assert sum(done) == 40
+
+
+def tiny_gemma() -> Gemma2ForCausalLM:
+    """Every second layer sees eight tokens."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=96, sliding_window=8, initializer_range=0.4,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config).eval()

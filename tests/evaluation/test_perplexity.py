@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from secura_lightning.data.encode import encode_text
+from secura_lightning.data.encode import encode_texts
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation import perplexity as module
 from secura_lightning.evaluation.perplexity import perplexity, perplexity_of, token_loss, windows
@@ -35,7 +35,7 @@ def by_hand(model: LlamaForCausalLM, ids: list[int]) -> float:
 def test_is_weighted_by_tokens_not_documents(
     batch_size: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    encoded = [encode_text(tokenizer, text) for text in TEXTS]
+    encoded = [encode_texts(tokenizer, [text])[0] for text in TEXTS]
     tokens = sum(len(ids) - 1 for ids in encoded)
     wanted = math.exp(sum(by_hand(model, ids) for ids in encoded) / tokens)
     found, n = perplexity(model, tokenizer, TEXTS, batch_size)
@@ -45,7 +45,7 @@ def test_is_weighted_by_tokens_not_documents(
 
 def test_long_document_is_read_in_windows(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     text = "abcdefghij" * 3
-    ids = encode_text(tokenizer, text)  # 32 tokens
+    ids = encode_texts(tokenizer, [text])[0]  # 32 tokens
     loss, count = token_loss(model, tokenizer, [text], max_length=20, stride=12)
     assert count == len(ids) - 1
     with torch.no_grad():

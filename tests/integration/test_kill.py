@@ -28,6 +28,7 @@ def test_differences_are_found_and_times_are_not() -> None:
 def test_schedule_strikes_edges_of_tasks_too() -> None:
     drawn = schedule(random.Random(0), 400)
     steps = {killer.step for killer in drawn}
-    assert {1, STEPS[0], STEPS[0] + 1, sum(STEPS)} <= steps <= set(range(1, sum(STEPS) + 1))
-    assert {killer.moment for killer in drawn} == {"step", "evaluation", "checkpoint"}
+    assert {0, 1, STEPS[0], STEPS[0] + 1, sum(STEPS)} <= steps <= set(range(sum(STEPS) + 1))
+    assert {killer.moment for killer in drawn} == {"step", "evaluation", "checkpoint", "any"}
+    assert all(killer.moment == "evaluation" for killer in drawn if killer.step == 0)
     assert [killer.step for killer in drawn] == sorted(killer.step for killer in drawn)

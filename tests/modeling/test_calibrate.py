@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from secura_lightning.adapters import AdapterSet, inject
 from secura_lightning.adapters.lora_null import LoRANullConfig, NullLayer
-from secura_lightning.data.encode import encode_text
+from secura_lightning.data.encode import encode_texts
 from secura_lightning.data.rows import Row
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.modeling import calibrate as module
@@ -87,7 +87,11 @@ def test_streamed_moments_are_those_of_whole_unpadded_passes(build, batch_size: 
     model = build()
     layers, got, steps = linears(model, head=True), {}, []
     expected = exact_grams(model, layers)
-    stream_grams(model, layers, SEQUENCES, got.__setitem__, batch_size, progress=steps.append)
+
+    def take(names: list[str], gram: Tensor) -> None:
+        got.update(dict.fromkeys(names, gram))
+
+    stream_grams(model, layers, SEQUENCES, take, batch_size, progress=steps.append)
     assert got.keys() == expected.keys()
     for name, gram in got.items():
         assert gram.dtype == torch.float64
@@ -98,25 +102,26 @@ def test_streamed_moments_are_those_of_whole_unpadded_passes(build, batch_size: 
 
 @torch.no_grad()
 def test_layers_of_one_input_share_one_matrix_and_a_block_is_done_before_the_next_begins() -> None:
-    model, order, grams = tiny_llama(), [], {}
+    model, groups = tiny_llama(), {}
     second = transformer_blocks(model, linears(model))[1]
     ran: list[int] = []
     handle = second.register_forward_hook(lambda *_: ran.append(1))
 
-    def take(name: str, gram: Tensor) -> None:
-        order.append((name, len(ran)))
-        grams[name] = gram
+    def take(names: list[str], gram: Tensor) -> None:
+        groups[tuple(names)] = len(ran)
 
     stream_grams(model, linears(model), SEQUENCES, take, batch_size=2)
     handle.remove()
-    first = [(name, n) for name, n in order if ".layers.0." in name]
-    assert len(first) == 7
-    assert all(n == 0 for _, n in first)
     block = "model.layers.0."
-    same = lambda *names: len({grams[block + name].data_ptr() for name in names}) == 1  # noqa: E731
-    assert same("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    assert same("mlp.gate_proj", "mlp.up_proj")
-    assert len({gram.data_ptr() for name, gram in grams.items() if name.startswith(block)}) == 4
+    assert [names for names, before in groups.items() if not before] == [
+        tuple(block + name for name in names)
+        for names in (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        )
+    ]
     assert len(ran) == 3  # every batch ran once through the block
 
 
@@ -290,7 +295,7 @@ def test_text_is_cut_into_windows_that_hold_every_token(tmp_path: Path) -> None:
     texts = ["one two three", "four five six", "seven"]
     windows = from_text(tmp_path, samples=99).sequences(tiny_llama(), TOKENIZER, 0)
     assert max(map(len, windows)) == 8
-    assert list(chain(*windows)) == list(chain(*(encode_text(TOKENIZER, text) for text in texts)))
+    assert list(chain(*windows)) == list(chain(*encode_texts(TOKENIZER, texts)))
     some = from_text(tmp_path, samples=2)
     assert len(some.sequences(tiny_llama(), TOKENIZER, 0)) == 2
     assert len({str(some.sequences(tiny_llama(), TOKENIZER, seed)) for seed in range(9)}) > 3

@@ -211,13 +211,87 @@ def test_rows_on_disk_take_no_memory_and_a_missing_file_is_one_clear_line(tmp_pa
     stream.step(4)
     state = stream.buffer.state_dict()
     assert all(isinstance(held.handle, int) for group in stream.buffer.rows.values() for held in group)
-    assert state["ranks"][0]["words"].numel() == 1
+    end, number = state["ranks"][0]["words"].tolist()
+    assert number == 0
     path = tmp_path / "run" / "replay-buffer-rank0.bin"
-    assert path.stat().st_size == 4 * int(state["ranks"][0]["words"])
+    assert path.stat().st_size == 4 * end
     path.unlink()
     other = Stream(ReplayBuffer(10, on_disk=True), folder=tmp_path / "run", ckpt_path=tmp_path / "run/c/last.ckpt")
     with pytest.raises(SecuraError, match=r"--ckpt_path: .*replay-buffer-rank0\.bin is missing or too short"):
         other.buffer.load_state_dict(state)
+
+
+def test_an_earlier_checkpoint_leaves_the_rows_of_later_ones_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+
+    def stream(shift: int = 0) -> Stream:
+        """Rows of another run where shifted."""
+        made = Stream(ReplayBuffer(10, on_disk=True), folder=folder, ckpt_path=checkpoints / "last.ckpt")
+        made.trainer.datamodule.encoded = [
+            [Encoded(np.asarray(row.ids) + shift, row.n_prompt) for row in rows]
+            for rows in made.trainer.datamodule.encoded
+        ]
+        return made
+
+    def save(made: Stream, name: str) -> tuple[dict[str, Any], list[Sample]]:
+        state = made.buffer.state_dict()
+        torch.save({"callbacks": {"ReplayBuffer": state}}, checkpoints / name)
+        return state, made.buffer.draw(10, 3, torch.Generator())
+
+    def resumed(state: dict[str, Any], at: int, shift: int = 0) -> Stream:
+        made = stream(shift)
+        made.buffer.load_state_dict(state)
+        made.at = at
+        return made
+
+    def files() -> set[str]:
+        return {path.name for path in folder.glob("*.bin")}
+
+    first = stream()
+    first.step(2)
+    early, early_rows = save(first, "task1.ckpt")
+    first.step(8)
+    late, late_rows = save(first, "task2.ckpt")
+
+    # The same rows again: nothing is written twice, and the state is the same.
+    again = resumed(early, 2)
+    before = (folder / "replay-buffer-rank0.bin").read_bytes()
+    again.step(8)
+    assert_equal(again.buffer.state_dict(), late)
+    assert (folder / "replay-buffer-rank0.bin").read_bytes() == before
+
+    # Other rows: they go to a file of their own, at the same places.
+    other = resumed(early, 2, shift=7)
+    other.step(8)
+    assert files() == {"replay-buffer-rank0.bin", "replay-buffer-rank0.1.bin"}
+    other_state, other_rows = save(other, "last.ckpt")
+    assert not same_rows(other_rows, late_rows)
+    assert (folder / "replay-buffer-rank0.bin").read_bytes() == before
+    for state, at, rows in ((early, 2, early_rows), (late, 10, late_rows), (other_state, 10, other_rows)):
+        assert same_rows(resumed(state, at).buffer.draw(10, 3, torch.Generator()), rows)
+
+    # A file that no checkpoint names any more goes when the run is resumed.
+    for name in ("task1.ckpt", "task2.ckpt"):
+        (checkpoints / name).unlink()
+    assert same_rows(resumed(other_state, 10).buffer.draw(10, 3, torch.Generator()), other_rows)
+    assert files() == {"replay-buffer-rank0.1.bin"}
+
+
+def test_a_checkpoint_without_rows_leaves_those_of_later_ones_alone(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    stream = Stream(ReplayBuffer(10, on_disk=True), folder=tmp_path)
+    none = stream.buffer.state_dict()
+    stream.step(3)
+    late, rows = stream.buffer.state_dict(), stream.buffer.draw(10, 3, torch.Generator())
+    torch.save({"callbacks": {"ReplayBuffer": late}}, checkpoints / "last.ckpt")
+    for state in (none, late):
+        resumed = Stream(ReplayBuffer(10, on_disk=True), folder=tmp_path, ckpt_path=checkpoints / "last.ckpt")
+        resumed.buffer.load_state_dict(state)
+        resumed.buffer.state_dict()
+    assert same_rows(resumed.buffer.draw(10, 3, torch.Generator()), rows)
 
 
 def test_ranks_have_shards_and_draws_of_their_own() -> None:

@@ -221,7 +221,9 @@ def test_report_scores_the_rest_of_the_probe(tmp_path: Path) -> None:
     rest = {row.id for row in trainer.datamodule.probe.rows()}  # type: ignore[attr-defined]
     assert rest.isdisjoint(row.id for row in guard.watched.rows())  # type: ignore[union-attr]
     assert len(rest) == 4
-    assert guard.outcome()["guard"]["watched"] == 4
+    told = guard.outcome()["guard"]
+    assert told["watched"] == {"probe": "facts (watched part)", "questions": 4, "texts": 0}
+    assert told["held_out"] == {"probe": "facts (held-out part)", "questions": 4, "texts": 1}
 
 
 def test_is_logged_beside_its_floor(tmp_path: Path) -> None:
