@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from secura_lightning.adapters.base import AdapterLayer, require
-from secura_lightning.adapters.element import element_linear
+from secura_lightning.adapters.element import HeldWeight, Limiter, element_linear
 from secura_lightning.adapters.norm import Granularity, SMagNorm
 from secura_lightning.adapters.numerics import dense_weight, linear_shape, no_autocast, row_blocks, row_products
 from secura_lightning.adapters.overrides import PerTargetConfig
@@ -78,6 +79,7 @@ class DeltaLayer(AdapterLayer):
 
     base_norm: Tensor
     bias_change: nn.Parameter | None
+    _held: HeldWeight | None = None
 
     def __init__(self, base: nn.Module, config: DeltaConfig, base_norm: Tensor | None = None) -> None:
         super().__init__(base)
@@ -137,7 +139,9 @@ class DeltaLayer(AdapterLayer):
         """[..., in] -> [..., out]."""
         if not self.enabled:
             return cast(Tensor, self.base(x, *args, **kwargs))
-        if self.norm.granularity == "element":
+        if self._held is not None and not torch.is_grad_enabled():
+            y = self._held.linear(x)
+        elif self.norm.granularity == "element":
             with no_autocast(x):
                 left, right = self.factors()
             y = element_linear(x, left, right, self.base, self.norm, self.floor, self.fused_weight)
@@ -147,6 +151,27 @@ class DeltaLayer(AdapterLayer):
                 scale = self.row_scale()
                 y = self.add_change(x, y0, scale)
         return y if self.bias_change is None else y + self.bias_change.to(y.dtype)
+
+    def held_bytes(self) -> int:
+        """What :meth:`holding` keeps: a copy of the weight under ``norm: element``, nothing otherwise."""
+        if self.norm.granularity != "element":
+            return 0
+        return self.out_features * self.in_features * self.base_norm.element_size()
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Build the limited weight of ``norm: element`` once for all forwards without a gradient, until this ends.
+
+        For evaluation, where a generated token is a forward. What is trained or buffered must not change meanwhile.
+        """
+        if self.norm.granularity == "element" and self.enabled:
+            with torch.no_grad(), no_autocast(self.base_norm):
+                limiter = Limiter(self.base, self.norm, self.floor, self.fused_weight)
+                self._held = HeldWeight(limiter, *self.factors())
+        try:
+            yield
+        finally:
+            self._held = None
 
     def low_rank_delta(self) -> tuple[Tensor, Tensor] | None:
         """The exact change after the norm as factors (left, right), or None where it has full rank. No gradient."""

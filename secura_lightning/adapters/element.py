@@ -14,7 +14,8 @@ low-precision base could not hold a small change: there the change gets a matmul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -53,10 +54,36 @@ def element_linear(
     Returns:
         [..., out] in the type that ``base`` itself would give.
     """
-    return cast(Tensor, _ElementLinear.apply(x, left, right, _Limiter(base, norm, floor, fused)))
+    return cast(Tensor, _ElementLinear.apply(x, left, right, Limiter(base, norm, floor, fused)))
 
 
-class _Limiter:
+class HeldWeight:
+    """The limited weight of one module, built at its first use and kept: for many forwards without a gradient.
+
+    Bit for bit what :func:`element_linear` computes, which builds it every time.
+
+    Args:
+        limiter: Builds it.
+        left: [out, k] left factor of the change before the norm.
+        right: [k, in] right factor.
+    """
+
+    def __init__(self, limiter: Limiter, left: Tensor, right: Tensor) -> None:
+        self.limiter = limiter
+        self.factors = (left, right)
+        self.built: dict[torch.dtype | None, Tensor] = {}  # None: the whole weight; a type: the change in it
+
+    def linear(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return _output(x, self.factors[0], self.limiter.base, self._weight)
+
+    def _weight(self, dtype: torch.dtype | None) -> Tensor:
+        if dtype not in self.built:
+            self.built[dtype] = self.limiter.weight(*self.factors, dtype)
+        return self.built[dtype]
+
+
+class Limiter:
     """Builds W_fin, or its change alone, block by block from the factors."""
 
     def __init__(self, base: nn.Module, norm: SMagNorm, floor: float, fused: Tensor | None) -> None:
@@ -77,6 +104,10 @@ class _Limiter:
             reference = weight if self.fused is None else weight + self.fused[rows]
             rho = torch.mul(reference, reference).add_(self.floor**2).sqrt_()
             yield rows, weight, rho, torch.mm(scaled[rows], right).div_(rho)
+
+    def weight(self, left: Tensor, right: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """:meth:`change` in ``dtype``, or :meth:`final_weight` where that is None."""
+        return self.final_weight(left, right) if dtype is None else self.change(left, right, dtype)
 
     def final_weight(self, left: Tensor, right: Tensor) -> Tensor:
         """W_fin [out, in] in the factors' type."""
@@ -126,25 +157,29 @@ def _half_tanh_(ratio: Tensor) -> Tensor:
     return ratio.sigmoid_().sub_(0.5)
 
 
+def _output(x: Tensor, left: Tensor, base: nn.Module, weight: Callable[[torch.dtype | None], Tensor]) -> Tensor:
+    """The layer's output, given how to come by its whole weight (None) or by the change in a type."""
+    one_type = cast(Tensor, base.weight).dtype == left.dtype == x.dtype
+    if one_type and is_plain_linear(base) and not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight(None), cast(Tensor | None, base.bias))
+    y0 = cast(Tensor, base(x))
+    with no_autocast(x):
+        return add_product(y0, x.to(y0.dtype), weight(y0.dtype))
+
+
 class _ElementLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, left: Tensor, right: Tensor, limiter: _Limiter) -> Tensor:
+    def forward(ctx: Any, x: Tensor, left: Tensor, right: Tensor, limiter: Limiter) -> Tensor:
         ctx.limiter = limiter
         ctx.save_for_backward(x, left, right)
-        base = limiter.base
-        one_type = cast(Tensor, base.weight).dtype == left.dtype == x.dtype
-        if one_type and is_plain_linear(base) and not torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, limiter.final_weight(left, right), cast(Tensor | None, base.bias))
-        y0 = cast(Tensor, base(x))
-        with no_autocast(x):
-            return add_product(y0, x.to(y0.dtype), limiter.change(left, right, y0.dtype))
+        return _output(x, left, limiter.base, partial(limiter.weight, left, right))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, left, right = ctx.saved_tensors
         need_x, need_left, need_right, _ = ctx.needs_input_grad
-        limiter: _Limiter = ctx.limiter
+        limiter: Limiter = ctx.limiter
         with no_autocast(x):
             flat = grad.reshape(-1, grad.shape[-1])
             dense_grad = flat.t() @ x.reshape(-1, x.shape[-1]).to(flat.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise, takewhile
 from typing import Any, TypeVar
 
@@ -21,12 +21,15 @@ from secura_lightning.data.rows import Row
 T = TypeVar("T")
 
 _WORTH = 16  # tokens that prompts must share to be read apart: a forward more is worth some, not few
+HELD_BUDGET = 2**31  # bytes of weights that adapters may keep on a CPU; on a GPU half of what is free
 LOGITS_BUDGET = 2**27  # most logits of one batch (512 MiB in fp32), whatever the vocabulary
 
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[torch.device]:
     """Evaluation mode without gradients; afterwards training flags and random state are as they were.
+
+    Adapters that rebuild a weight for every forward (``norm: element``) keep theirs meanwhile, as far as memory allows.
 
     Yields:
         The device that inputs belong on.
@@ -38,11 +41,24 @@ def evaluating(model: PreTrainedModel) -> Iterator[torch.device]:
     try:
         model.eval()
         # no_grad and not inference_mode: a tensor that an adapter caches here must stay usable in the next backward.
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad(), ExitStack() as held:
+            _hold_weights(model, device, held)
             yield device
     finally:
         for module in training:
             module.training = True
+
+
+def _hold_weights(model: PreTrainedModel, device: torch.device, held: ExitStack) -> None:
+    """Let the model's adapters keep their weights until ``held`` closes, one after another while there is room."""
+    if _sharded(model):
+        return  # a rank has no room for whole weights
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else HELD_BUDGET
+    for module in model.modules():
+        size = module.held_bytes() if hasattr(type(module), "holding") else 0  # type: ignore[operator]
+        if 0 < size <= room:
+            held.enter_context(module.holding())  # type: ignore[operator]
+            room -= size
 
 
 def batches(

@@ -177,7 +177,7 @@ def test_low_precision_base_still_feels_a_change_that_it_could_not_hold() -> Non
     change = norm.element_change(wide, small @ right.detach(), floor)
     swallowed = (wide + change).to(torch.bfloat16).float() - wide
     assert (swallowed - change).norm() > 0.5 * change.norm()
-    kept = element._Limiter(base, norm, floor, None).change(small, right.detach(), torch.bfloat16).float()
+    kept = element.Limiter(base, norm, floor, None).change(small, right.detach(), torch.bfloat16).float()
     assert (kept - change).norm() < 5e-3 * change.norm()
 
 

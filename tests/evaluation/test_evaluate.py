@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from secura_lightning import LoRAConfig, inject
 from secura_lightning.callbacks import report
 from secura_lightning.data.rows import Row
 from secura_lightning.errors import SecuraError
+from secura_lightning.evaluation import batching
 from secura_lightning.evaluation.baselines import chance, majority
 from secura_lightning.evaluation.evaluate import evaluate_probe, evaluate_task
 from secura_lightning.evaluation.perplexity import perplexity
@@ -195,3 +197,17 @@ def test_two_processes_get_what_one_gets() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(_worker, (2, port, _scores()), nprocs=2)
+
+
+def test_adapters_keep_their_weights_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    layers = list(inject(model, LoRAConfig(rank=2, norm="element", targets=["q_proj", "down_proj"])).layers.values())
+    sizes = [layer.held_bytes() for layer in layers]
+    monkeypatch.setattr(batching, "HELD_BUDGET", sum(sizes) - 1)
+    with batching.evaluating(model):
+        held = [layer._held is not None for layer in layers]
+    assert sum(held) == len(layers) - 1
+    assert not any(layer._held is not None for layer in layers)
