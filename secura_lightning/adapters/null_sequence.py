@@ -12,9 +12,15 @@ frozen change, so that neither the end nor the new basis changes an output. The 
 and recompressed by QR and SVD once their rank would exceed the matrix' own. ``frozen_rank`` bounds it below that, at
 the price of a truncation that is logged as ``frozen_truncation``.
 
-S-MagNorm measures the whole change, frozen and trained, against W0: so no task's end changes an output under it either,
-and its bound holds over the sequence, where a norm against the frozen reference would compound task by task. The norm
-is no linear map, so under it the null space protects finished tasks only nearly: the better, the smaller the change.
+S-MagNorm measures, by ``norm_over``,
+
+* ``sequence``: the whole change, frozen and trained, against W0. Its bound 2/s holds over the sequence. But the norm is
+  no linear map: what a later task adds shrinks or bends what earlier ones wrote, so they are protected only nearly.
+* ``task`` (``norm: row``): the current task's change alone, ``W = W0 + sum_(k<t) B_k A_k + diag(h) B_t A_t``. Scaling
+  rows keeps the null space, so finished tasks are protected as without a norm; the bound is 2/s a task. At a task's
+  end diag(h) B_t is what is frozen.
+
+Under either, no task's end changes an output.
 
 The Gram matrix is part of the state, as its lower triangle of in (in + 1) / 2 numbers, so that resumed runs are bit for
 bit the uninterrupted ones. Of layers with one input (q, k, v; gate, up) the first keeps the matrix, and the others keep
@@ -35,10 +41,11 @@ from torch import Tensor, nn
 
 from secura_lightning.adapters.base import AdapterLayer, Fusion, require
 from secura_lightning.adapters.lora_null import LoRANullConfig, LoRANullV2
-from secura_lightning.adapters.numerics import add_product
+from secura_lightning.adapters.numerics import add_product, row_products
 from secura_lightning.errors import ConfigError, SecuraError
 
 MomentType = Literal["float64", "float32"]
+NormOver = Literal["sequence", "task"]
 
 _STATE = ("frozen_left", "frozen_right", "gram")
 
@@ -55,6 +62,10 @@ class LoRANullSequenceConfig(LoRANullConfig):
     """Type in which second moments are kept between tasks and in checkpoints: `float64`, or `float32` in half the
     space."""
 
+    norm_over: NormOver = "sequence"
+    """What S-MagNorm bounds: the change of the whole `sequence`, or each `task`'s own, with `norm: row`, which leaves
+    finished tasks exactly as protected as without a norm."""
+
     def __post_init__(self) -> None:
         """Check the values.
 
@@ -62,6 +73,16 @@ class LoRANullSequenceConfig(LoRANullConfig):
             ConfigError: A value is out of range, or the version would leave the null space.
         """
         super().__post_init__()
+        choices = get_args(NormOver)
+        require(
+            self.norm_over in choices,
+            f"model.adapter.norm_over is {self.norm_over!r}: choose one of {', '.join(choices)}",
+        )
+        require(
+            self.norm_over == "sequence" or self.norm == "row",
+            f"model.adapter.norm_over: task needs a norm that keeps the rank, and norm is {self.norm}: "
+            "set model.adapter.norm: row, or norm_over: sequence",
+        )
         require(
             self.version == "v2",
             "model.adapter.version: v1 trains A out of the null space, so nothing would protect finished tasks: "
@@ -104,6 +125,7 @@ class NullSequenceLayer(LoRANullV2):
     def __init__(self, base: nn.Module, config: LoRANullSequenceConfig) -> None:
         super().__init__(base, config)
         self.frozen_rank = config.frozen_rank
+        self.norm_over = config.norm_over
         self.register_buffer("frozen_left", self.new_zeros(self.out_features, 0))
         self.register_buffer("frozen_right", self.new_zeros(0, self.in_features))
         # No buffer: those follow the model to its device and into its type.
@@ -142,8 +164,9 @@ class NullSequenceLayer(LoRANullV2):
         Returns:
             B for a fresh optimizer state, and what to log: the share of the frozen change that was truncated.
         """
-        left = torch.cat([self.frozen_left, self.lora_B.detach()], dim=1)
-        right = torch.cat([self.frozen_right, self.lora_A])
+        left, right = self.factors()
+        if self.norm_over == "task":
+            left = self._scaled(left, self.row_scale())
         limit = min(self.out_features, self.in_features, self.frozen_rank or self.in_features)
         lost = left.new_zeros(())
         if left.shape[1] > limit:
@@ -169,11 +192,33 @@ class NullSequenceLayer(LoRANullV2):
         """([F_L, B], [F_R; A])."""
         return torch.cat([self.frozen_left, self.lora_B], dim=1), torch.cat([self.frozen_right, self.lora_A])
 
+    def delta_row_square(self) -> Tensor:
+        """[out] squared norms of the rows of what the norm bounds."""
+        if self.norm_over == "sequence":
+            return super().delta_row_square()
+        return row_products(self.lora_B, self.lora_A @ self.lora_A.t())
+
+    def _scaled(self, left: Tensor, scale: Tensor | None) -> Tensor:
+        """The left factor [out, k + r] under the row scale; under ``norm_over: task`` that scales B alone."""
+        if scale is None:
+            return left
+        if self.norm_over == "sequence":
+            return scale.unsqueeze(-1) * left
+        return torch.cat([self.frozen_left, scale.unsqueeze(-1) * self.lora_B], dim=1)
+
     def add_change(self, x: Tensor, y0: Tensor, scale: Tensor | None) -> Tensor:
-        """``y0 + x (diag(scale) (F_L F_R + B A))^T``."""
+        """``y0 + x (diag(scale) (F_L F_R + B A))^T``; under ``norm_over: task`` the scale is that of B A alone."""
         left, right = self.factors()
         features = F.linear(x.to(y0.dtype), right.to(y0.dtype))  # [..., k + r]
-        return add_product(y0, features, (left if scale is None else scale.unsqueeze(-1) * left).to(y0.dtype))
+        return add_product(y0, features, self._scaled(left, scale).to(y0.dtype))
+
+    @torch.no_grad()
+    def low_rank_delta(self) -> tuple[Tensor, Tensor] | None:
+        """The exact change after the norm as factors, or None where it has full rank. No gradient."""
+        if self.norm_over == "sequence":
+            return super().low_rank_delta()
+        left, right = self.factors()
+        return self._scaled(left, self.row_scale()), right
 
     def fits(self, name: str, shape: torch.Size) -> bool:
         """The frozen factors have the rank of the tasks so far, and the Gram matrix is empty before calibration."""

@@ -66,9 +66,41 @@ def test_under_a_norm_that_holds_nearly_where_the_change_is_small(norm: str) -> 
     assert small < 0.1 * moved_by_the_second_task(layer_of(LoRANullConfig, norm=norm), size=1e-3)
 
 
-@NORMS
-def test_neither_the_end_of_a_task_nor_a_new_basis_changes_an_output(norm: str) -> None:
-    layer = layer_of(norm=norm, bias=True)
+def test_a_norm_over_each_task_protects_finished_ones_as_no_norm_does() -> None:
+    assert moved_by_the_second_task(layer_of(norm="row", norm_over="task"), size=1.0) < 1e-7
+    assert moved_by_the_second_task(layer_of(norm="row"), size=1.0) > 1e-2
+
+
+def test_a_norm_over_each_task_bounds_each_task() -> None:
+    layer = layer_of(norm="row", norm_over="task", norm_s=5.0)
+    bound = 2 / 5 * layer.base_norm
+    for inputs in (FIRST, SECOND):
+        before = layer.delta_weight()
+        move_b(layer, size=1e3, seed=5)
+        change = (layer.delta_weight() - before).norm(dim=1)
+        torch.testing.assert_close(change, bound, rtol=1e-2, atol=0)
+        assert (change <= bound * (1 + 1e-9)).all()
+        layer.end_task()
+        layer.calibrate(inputs.t() @ inputs)
+
+
+@pytest.mark.parametrize("norm", ["none", "element"])
+def test_a_norm_over_each_task_is_a_norm_of_rows(norm: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.adapter\.norm_over: task .* norm is .*: set model\.adapter\.norm: row"
+    ):
+        LoRANullSequenceConfig(norm=norm, norm_over="task")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"model\.adapter\.norm_over is 'step': choose one of sequence, task"):
+        LoRANullSequenceConfig(norm="row", norm_over="step")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"norm": "none"}, {"norm": "row"}, {"norm": "element"}, {"norm": "row", "norm_over": "task"}],
+    ids=["none", "row", "element", "row of a task"],
+)
+def test_neither_the_end_of_a_task_nor_a_new_basis_changes_an_output(settings: dict[str, object]) -> None:
+    layer = layer_of(bias=True, **settings)
     for inputs in (FIRST, SECOND, BASE):
         learn(layer, inputs)
         before, weight = layer(FIRST + SECOND), layer.delta_weight()
