@@ -24,7 +24,7 @@ def test_every_config_says_what_it_is_and_how_to_run_it() -> None:
 # The grid of adapters and strategies runs every strategy already: by default one of them shows that its file works. The
 # two that calibrate on hundreds of samples take longest.
 STRATEGIES = ("agem", "derpp", "ewc", "guard", "ilora", "l2sp", "lwf")
-LATER = [f"pocket_{name}" for name in (*STRATEGIES, "lora_null", "lora_null_seq")]
+LATER = [f"pocket_{name}" for name in (*STRATEGIES, "lora_null", "lora_null_seq", "recommended")]
 
 
 @pytest.mark.parametrize(
