@@ -5,9 +5,10 @@ Quick:  OMP_NUM_THREADS=1 python -m benchmarks.train --quick
 
 The same random Llama, rows in the same batches, rank, AdamW and precision; each side with its own training loop: the
 module, callbacks and data module of `secura fit` under Lightning (no evaluation, no checkpoint), transformers' Trainer
-around peft's model. A step counts from the end of the one before it, so loading and the first step are left out. All
-contenders train once in every round; a ratio is the median of the rounds' ratios. On a CPU with one thread the time is
-this process' CPU time, so that other work on the machine hardly enters.
+around peft's model. A step counts from the end of the one before it, so loading and the first step are left out. The
+two sides of a comparison train at the same time and take turns, a step each: what slows the machine for some seconds
+slows both, and a ratio is the median over pairs of neighbouring steps. On a CPU with one thread the time is this
+process' CPU time.
 
 Peak memory is the growth of a process' resident memory from before the model is built to its largest, each contender in
 a process of its own (``max_memory_allocated`` on a GPU).
@@ -21,9 +22,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,25 +105,52 @@ class Rows(Task):
         return []
 
 
-class Steps:
-    """The time of each step but the first, on this process' clock."""
+class Turns:
+    """One of several threads works, the others wait."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, number: int) -> None:
+        self.members = list(range(number))
+        self.turn = 0
+        self.changed = threading.Condition()
+
+    def wait(self, member: int) -> None:
+        """Return when it is this member's turn."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == member)
+
+    def hand_over(self, member: int, leave: bool = False) -> None:
+        """Let the next member work."""
+        with self.changed:
+            self.turn = self.members[(self.members.index(member) + 1) % len(self.members)]
+            if leave:
+                self.members.remove(member)
+            self.changed.notify_all()
+
+
+class Steps:
+    """The time of each step but the first, on this process' clock.
+
+    Args:
+        device: Where it is trained.
+        pause: Called between two steps, whose time it does not count to.
+    """
+
+    def __init__(self, device: str, pause: Callable[[], None] = lambda: None) -> None:
         self.device = device
+        self.pause = pause
         timer = clock(device)
         self.now: Callable[[], float] = time.process_time if timer.__name__ == "cpu_seconds" else time.perf_counter
-        self.marks: list[float] = []
+        self.seconds: list[float] = []
+        self.start: float | None = None
 
     def mark(self) -> None:
         """A step is over."""
         if self.device == "cuda":
             torch.cuda.synchronize()
-        self.marks.append(self.now())
-
-    @property
-    def seconds(self) -> float:
-        """Mean of the steps after the first."""
-        return (self.marks[-1] - self.marks[0]) / (len(self.marks) - 1)
+        if self.start is not None:
+            self.seconds.append(self.now() - self.start)
+        self.pause()
+        self.start = self.now()
 
 
 class Mark(Callback):
@@ -149,12 +179,11 @@ class InOrder(PeerTrainer):
     """Takes the rows in the order in which they come."""
 
     def _get_train_sampler(self, *_: Any) -> Any:
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
 
-def ours(folder: Path, shape: Shape, adapter: AdapterConfig, number: int, device: str) -> Steps:
+def ours(folder: Path, shape: Shape, adapter: AdapterConfig, number: int, steps: Steps) -> None:
     """Train with this package."""
-    steps = Steps(device)
     task = Rows(shape, shape.rows * number)
     data = SequenceDataModule([task], batch_size=shape.rows, max_length=shape.length, steps_per_task=number)
     module = ContinualModule(
@@ -169,7 +198,7 @@ def ours(folder: Path, shape: Shape, adapter: AdapterConfig, number: int, device
     data.plan = _plan(number)
     data.prepare_data = lambda: None  # type: ignore[method-assign]
     trainer = Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
+        accelerator="gpu" if steps.device == "cuda" else "cpu",
         devices=1,
         max_epochs=1,
         callbacks=[Throughput(), FailureGuard(), Mark(steps)],
@@ -181,7 +210,6 @@ def ours(folder: Path, shape: Shape, adapter: AdapterConfig, number: int, device
         precision="bf16-mixed" if shape.dtype == "bfloat16" else "32-true",
     )
     trainer.fit(module, data)
-    return steps
 
 
 class _NoTokenizer:
@@ -194,11 +222,10 @@ def _plan(number: int) -> Any:
     return SequencePlan([number])
 
 
-def peer(folder: Path, shape: Shape, targets: list[str], number: int, device: str) -> Steps:
+def peer(folder: Path, shape: Shape, targets: list[str], number: int, steps: Steps) -> None:
     """Train with transformers' Trainer around peft's LoRA."""
     from peft import LoraConfig, get_peft_model
 
-    steps = Steps(device)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, shape.dtype))
     model.config.use_cache = False
     wrapped = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"))
@@ -213,7 +240,7 @@ def peer(folder: Path, shape: Shape, targets: list[str], number: int, device: st
             max_grad_norm=0.0,
             optim="adamw_torch",
             bf16=shape.dtype == "bfloat16",
-            use_cpu=device == "cpu",
+            use_cpu=steps.device == "cpu",
             logging_steps=10,
             save_strategy="no",
             report_to=[],
@@ -222,12 +249,11 @@ def peer(folder: Path, shape: Shape, targets: list[str], number: int, device: st
         trainer = InOrder(
             model=wrapped,
             args=arguments,
-            train_dataset=Rows(shape, shape.rows * number).encoded,  # type: ignore[arg-type]
+            train_dataset=Rows(shape, shape.rows * number).encoded,
             data_collator=lambda rows: collate(rows, 0),
             callbacks=[PeerMark(steps)],
         )
         trainer.train()
-    return steps
 
 
 def secura(targets: list[str]) -> AdapterConfig:
@@ -240,12 +266,12 @@ def lora(targets: list[str]) -> AdapterConfig:
     return LoRAConfig(rank=RANK, alpha=ALPHA, targets=targets)
 
 
-CONTENDERS: dict[str, Callable[[Path, Shape, int, str], Steps]] = {
-    "ours, LoRA": lambda folder, shape, n, device: ours(folder, shape, lora(LINEARS), n, device),
-    "HF + peft, LoRA": lambda folder, shape, n, device: peer(folder, shape, LINEARS, n, device),
-    "ours, SECURA element": lambda folder, shape, n, device: ours(folder, shape, secura(LINEARS), n, device),
-    "ours, LoRA q v": lambda folder, shape, n, device: ours(folder, shape, lora(QV), n, device),
-    "ours, SECURA element q v": lambda folder, shape, n, device: ours(folder, shape, secura(QV), n, device),
+CONTENDERS: dict[str, Callable[[Path, Shape, int, Steps], None]] = {
+    "ours, LoRA": lambda folder, shape, n, steps: ours(folder, shape, lora(LINEARS), n, steps),
+    "HF + peft, LoRA": lambda folder, shape, n, steps: peer(folder, shape, LINEARS, n, steps),
+    "ours, SECURA element": lambda folder, shape, n, steps: ours(folder, shape, secura(LINEARS), n, steps),
+    "ours, LoRA q v": lambda folder, shape, n, steps: ours(folder, shape, lora(QV), n, steps),
+    "ours, SECURA element q v": lambda folder, shape, n, steps: ours(folder, shape, secura(QV), n, steps),
 }
 # ours, what it is compared with, least ratio of tokens a second
 TARGETS = [
@@ -262,21 +288,48 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def side_by_side(names: Sequence[str], folder: Path, shape: Shape, number: int, device: str) -> list[list[float]]:
+    """Train contenders at the same time, a step of each in turn.
+
+    Returns:
+        The seconds of each one's steps after the first.
+    """
+    turns = Turns(len(names))
+
+    def train(member: int) -> list[float]:
+        def pause() -> None:
+            turns.hand_over(member)
+            turns.wait(member)
+
+        steps = Steps(device, pause)
+        turns.wait(member)
+        try:
+            CONTENDERS[names[member]](folder, shape, number, steps)
+        finally:
+            turns.hand_over(member, leave=True)
+        return steps.seconds
+
+    with ThreadPoolExecutor(len(names)) as pool, contextlib.redirect_stdout(sys.stderr):
+        return list(pool.map(train, range(len(names))))
+
+
 def times(folder: Path, shape: Shape, number: int, rounds: int, device: str) -> list[Row]:
-    """Tokens a second of every contender, in turn."""
-    found: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    names = list(CONTENDERS)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            with contextlib.redirect_stdout(sys.stderr):
-                seconds = CONTENDERS[name](folder, shape, number, device).seconds
-            found[name].append(shape.rows * shape.length / seconds)
-    tabulate({name: Spread.of(values) for name, values in found.items()}, "tokens a second")
-    rows = []
+    """Tokens a second of every contender, against what it is compared with."""
+    tokens = shape.rows * shape.length
+    rows: list[Row] = []
+    table: dict[str, Spread] = {}
     for one, other, least in TARGETS:
-        ratio = statistics.median(a / b for a, b in zip(found[one], found[other], strict=True))
-        values = [statistics.median(found[name]) for name in (one, other)]
+        pairs: list[tuple[float, float]] = []
+        for turn in range(rounds):
+            order = [one, other] if turn % 2 == 0 else [other, one]
+            found = dict(zip(order, side_by_side(order, folder, shape, number, device), strict=True))
+            pairs += zip(found[one], found[other], strict=True)
+        rates = [[tokens / seconds for seconds in column] for column in zip(*pairs, strict=True)]
+        table |= {f"{one} | {other}": Spread.of(rates[0]), f"{other} | {one}": Spread.of(rates[1])}
+        ratio = statistics.median(theirs / mine for mine, theirs in pairs)
+        values = [statistics.median(rate) for rate in rates]
         rows.append(Row(f"{one}, tokens/s", values[0], other, values[1], ratio, f">= {least:.2f}", ratio >= least))
+    tabulate(table, "tokens a second")
     return rows
 
 
@@ -286,7 +339,7 @@ def peak(folder: Path, shape: Shape, name: str, number: int, device: str) -> flo
 
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     with contextlib.redirect_stdout(sys.stderr):
-        CONTENDERS[name](folder, shape, number, device)
+        CONTENDERS[name](folder, shape, number, Steps(device))
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
@@ -301,8 +354,8 @@ def memory(folder: Path, kind: str, names: list[str]) -> dict[str, float]:
 def main() -> None:
     """Measure, compare, print."""
     options = parser(__doc__ or "")
-    options.add_argument("--rounds", type=int, help="rounds that count (3; 1 with --quick)")
-    options.add_argument("--steps", type=int, default=4, help="steps of a training, the first of which is left out")
+    options.add_argument("--rounds", type=int, help="trainings of each pair (2; 1 with --quick)")
+    options.add_argument("--steps", type=int, default=6, help="steps of a training, the first of which is left out")
     options.add_argument("--peak", metavar="NAME", help="print the peak memory of one contender (used by itself)")
     options.add_argument("--folder", type=Path, help="model folder of --peak")
     options.add_argument("--kind", help="shape of --peak")
@@ -317,7 +370,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shape.save(folder)
-        rows = times(folder, shape, chosen.steps, chosen.rounds or (1 if chosen.quick else 3), device)
+        rows = times(folder, shape, chosen.steps, chosen.rounds or (1 if chosen.quick else 2), device)
         one, other = "ours, LoRA", "HF + peft, LoRA"
         peaks = memory(folder, kind, [one, other])
         rows.append(compare(f"{one}, peak MiB", peaks[one], other, peaks[other], 1.0))

@@ -26,6 +26,7 @@ from secura_lightning.engine import ShardedStrategy, refuse_strategies
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.export.saved import start_from
 from secura_lightning.modeling.calibrate import Calibration, SelfCalibration, TaskCalibration, accumulate, calibrate
+from secura_lightning.modeling.liger import apply_liger
 from secura_lightning.modeling.load import (
     BaseSpec,
     ComputeType,
@@ -45,7 +46,7 @@ from secura_lightning.modeling.shard import load_sharded
 from secura_lightning.resumed import first_difference
 from secura_lightning.schedule import Schedule
 from secura_lightning.strategies.base import check_adapter, check_resumed, complete, describe, strategies_of
-from secura_lightning.strategies.joint import chunked_parts, join
+from secura_lightning.strategies.joint import join
 
 
 class ContinualModule(LightningModule):
@@ -71,6 +72,7 @@ class ContinualModule(LightningModule):
         activation_checkpointing: Compute each block again in backward instead of keeping its activations.
         chunked_loss: Never hold the logits of all tokens; null: where the vocabulary is large.
         compile_blocks: Compile each block with torch.compile; the first steps take minutes.
+        liger: Use liger-kernel's fused kernels in the base, on a CUDA GPU; not with a sharded base.
         start: Adapter folder of ``secura import`` or ``secura export --format safetensors`` whose tensors the adapters
             start from; the first line of the results is then the base with these.
 
@@ -101,6 +103,7 @@ class ContinualModule(LightningModule):
         activation_checkpointing: bool = False,
         chunked_loss: bool | None = None,
         compile_blocks: bool = False,
+        liger: bool = False,
         start: str | None = None,
     ) -> None:
         super().__init__()
@@ -126,6 +129,7 @@ class ContinualModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.chunked_loss = chunked_loss
         self.compile_blocks = compile_blocks
+        self.liger = liger
         self.start = start
         self.base_fingerprint = ""
         self._chunked: ChunkedLoss | None = None
@@ -149,6 +153,8 @@ class ContinualModule(LightningModule):
             self.spec = stored_in(self.spec, self._trainer.precision)
         if isinstance(engine, ShardedStrategy):
             refuse_strategies(strategies_of(self.trainer))
+            if self.liger:
+                raise ConfigError("model.liger: not with a sharded base; set model.liger: false")
             self.model, self.adapters, self.base_fingerprint = load_sharded(
                 self.spec, self.adapter, self.seed, engine.mesh, engine.root_device
             )
@@ -157,6 +163,8 @@ class ContinualModule(LightningModule):
                 torch.manual_seed(self.seed)
             model = load_model(self.spec)
             self.base_fingerprint = fingerprint(model)
+            if self.liger and engine is not None:
+                apply_liger(model, engine.root_device)
             self.adapters = inject(model, self.adapter, self.seed)
             self.model = model
         if self.start is not None:
@@ -234,7 +242,7 @@ class ContinualModule(LightningModule):
     def _losses(self, batch: dict[str, Any], sizes: list[int], needed: bool) -> tuple[list[Tensor], Tensor | None]:
         """Summed cross-entropy of each part of a batch, whose parts have ``sizes`` rows; the logits, where needed."""
         if self._chunked is not None and not needed:
-            return chunked_parts(self._chunked, packed_inputs(batch), batch["labels"], sizes), None
+            return self._chunked.by_part(packed_inputs(batch), batch["labels"], sizes), None
         logits, labels = self.logits(batch), batch["labels"]
         parts = zip(logits.split(sizes), labels.split(sizes), strict=True)
         return [summed_cross_entropy(part, wanted) for part, wanted in parts], logits if needed else None

@@ -14,6 +14,7 @@ from secura_lightning.adapters import AdapterSet, inject, rebuild_adapter
 from secura_lightning.callbacks import report
 from secura_lightning.callbacks.checkpoint import LAST
 from secura_lightning.callbacks.forgetting import ForgettingMonitor
+from secura_lightning.data.prompt import PromptFormat
 from secura_lightning.data.sequence import SequenceDataModule
 from secura_lightning.errors import SecuraError
 from secura_lightning.export.saved import is_adapter_folder, read_settings, read_tensors
@@ -134,6 +135,16 @@ def rebuild(path: Path, weights: Weights | None = None) -> tuple[BaseSpec, PreTr
     adapters = inject(model, rebuild_adapter(identity["adapter"]), identity["seed"])
     load_weights(adapters, path, weights)
     return spec, model.eval(), adapters
+
+
+def prompt_format_of(path: Path) -> PromptFormat:
+    """How the prompts of a checkpoint's run were rendered; of an adapter folder, which does not say, the default."""
+    if path.is_dir():
+        return PromptFormat()
+    data = read_checkpoint(path).get(SequenceDataModule.__qualname__)
+    if data is None:
+        return PromptFormat()
+    return PromptFormat(chat=data.get("chat", False), system=data.get("system"))  # 0.1.0 knew no templates
 
 
 def results_of(path: Path) -> str | None:

@@ -11,9 +11,10 @@ from tqdm import tqdm
 from secura_lightning.errors import ConfigError
 from secura_lightning.study import compare
 from secura_lightning.study.axes import show
-from secura_lightning.study.compare import Bootstrap, Difference, Group, Kinds
+from secura_lightning.study.compare import Difference, Group
 from secura_lightning.study.load import load
 from secura_lightning.study.records import Record
+from secura_lightning.study.resample import Bootstrap, Kinds
 from secura_lightning.study.settings import write_text
 from secura_lightning.study.table import FORMATS, number, render
 
@@ -48,7 +49,7 @@ def main(args: list[str]) -> int:
             tests = compare.significance(groups, reference, tested, bootstrap, bar.update)
     header, rows = _table(groups, metrics, kinds, tests, tested if reference else [], options.format == "csv")
     text = render(header, rows, options.format, left=len(groups[0].axes))
-    notes = _notes(groups, reference, tests, options.resamples)
+    notes = _notes(reference, tests, options.resamples)
     if options.format in ("text", "markdown"):
         text = "\n".join([text, "", *notes])
     if options.out:
@@ -75,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--stage", choices=("main", "select"), default="main", help="runs of a sweep, or its search runs")
     add("--kinds", action="append", default=[], metavar="NAME=KIND[,KIND]",
         help="adds the metric retention/NAME over some kinds of base knowledge")  # fmt: skip
-    add("--against", metavar="GROUP", help="test every group's difference from this one by paired bootstrap")
+    add("--against", metavar="GROUP",
+        help="test every group's difference from this one: by Student's t over seeds, of single runs by a paired "
+        "bootstrap over evaluation rows")  # fmt: skip
     add("--test", metavar="A,B,...", help="metrics to test (the one of --sort)")
     add("--resamples", type=int, default=10000, help="of the bootstrap (10000)")
     add("--seed", type=int, default=0, help="of the bootstrap (0)")
@@ -125,7 +128,7 @@ def _table(
     for name in metrics:
         header += [name, f"{name} ±"] if plain else [name]
     for name in tested:
-        header += [f"Δ {name}", "low", "high", "p"] if plain else [f"Δ {name} [95 %]", "p"]
+        header += [f"Δ {name}", "low", "high", "p", "over"] if plain else [f"Δ {name} [95 %]", "p", "over"]
     rows = []
     for one in groups:
         row = [*one.axes.values(), str(len(one.records))]
@@ -141,28 +144,32 @@ def _table(
 
 def _test_text(found: Difference | None, plain: bool) -> list[str]:
     if found is None:  # the reference itself
-        return [""] * 4 if plain else ["reference", ""]
+        return [""] * 5 if plain else ["reference", "", ""]
     if plain:
-        return [f"{x:.6g}" for x in (found.difference, found.low, found.high, found.p)]
+        return [*(f"{x:.6g}" for x in (found.difference, found.low, found.high, found.p)), found.basis]
     digits = [f"{x:+.3f}" for x in (found.difference, found.low, found.high)]
-    return [f"{digits[0]} [{digits[1]}, {digits[2]}]", number(found.p, 4) + ("*" if found.p < 0.05 else "")]
+    interval = f"{digits[0]} [{digits[1]}, {digits[2]}]"
+    return [interval, number(found.p, 4) + ("*" if found.p < 0.05 else ""), found.basis]
 
 
-def _notes(
-    groups: Sequence[Group], reference: Group | None, tests: dict[tuple[str, str], Difference], resamples: int
-) -> list[str]:
+def _notes(reference: Group | None, tests: dict[tuple[str, str], Difference], resamples: int) -> list[str]:
     """How the numbers were made."""
     notes = ["Mean over n runs, ± half of its 95 % t-interval (none for a single run)."]
-    if reference is not None:
+    if reference is None:
+        return notes
+    notes.append(f"Δ: difference from {reference.label}, with its 95 % interval over seeds or rows.")
+    bases = {found.basis for found in tests.values()}
+    if "seeds" in bases:
         notes.append(
-            f"Δ: difference from {reference.label}; paired bootstrap of {resamples} resamples over evaluation rows "
-            "(the same for every run) and over runs (together where both groups have the same seeds)."
+            "Over seeds: Student's t, of the differences of equal seeds where both groups have the same, else Welch's. "
+            "It holds for these evaluation rows."
         )
-        least = 2 * len(tests) / (resamples + 1)
+    if "rows" in bases:
         notes.append(
-            f"p: two-sided, adjusted by Holm's method for the {len(tests)} tests of this table (with these resamples, "
-            f"{least:.2g} is the least that the first of them can reach); * below 0.05."
+            f"Over rows: paired bootstrap, {resamples} resamples of the evaluation rows, where a group has one run or "
+            "no seed differs from another. It does not cover the choice of seeds."
         )
-        if any(len(one.records) == 1 for one in groups):
-            notes.append("Where n is 1 the interval of Δ covers the choice of rows, not that of seeds.")
-    return notes
+    told = f"p: two-sided, adjusted by Holm's method for the {len(tests)} tests of this table; * below 0.05."
+    if "rows" in bases:
+        told += f" The least of a first test over rows is {2 * len(tests) / (resamples + 1):.2g}."
+    return [*notes, told]

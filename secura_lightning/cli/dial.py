@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from secura_lightning.data.task import Split
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.evaluation.evaluate import ProbeScore, evaluate_probe, evaluate_task
 from secura_lightning.modeling.load import load_tokenizer
+from secura_lightning.modeling.precision import autocast
 from secura_lightning.strategies.guard import move
 from secura_lightning.strategies.memory import Memory
 from secura_lightning.strategies.watch import retention
@@ -74,7 +74,7 @@ def main(args: list[str]) -> int:
     path = ChangePath(adapters, file, options.start and _checkpoint_of(options.start, "--start"), options.weights)
     scoring = Scoring(forgetting["split"], limit, options.batch_size, forgetting["normalise"])
     scorer = _Scorer(model, tokenizer, cli.datamodule, scoring)
-    with autocast_of(cli.config["trainer"]["precision"], next(model.parameters()).device.type):
+    with autocast(cli.config["trainer"]["precision"], next(model.parameters()).device.type):
         result = sweep(path, scorer, options.retention, options.points)
     print(f"\n{table(result)}\n")
     out = options.out or run / "dial"
@@ -179,13 +179,6 @@ class _Scorer:
         assert self.data.probe is not None
         rest = (self.how.limit, self.how.batch_size, self.how.normalise)
         return evaluate_probe(self.model, self.tokenizer, self.data.probe, *rest)
-
-
-def autocast_of(precision: Any, device: str) -> AbstractContextManager[object]:
-    """The autocast that ``trainer.precision`` means in ``fit``; the type of the weights is the checkpoint's own."""
-    kinds = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "16": torch.float16}
-    kind = kinds.get(str(precision))
-    return nullcontext() if kind is None else torch.autocast(device, kind)
 
 
 def sweep(path: ChangePath, scorer: _Scorer, floor: float, points: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from secura_lightning.evaluation.evaluate import ProbeScore, TaskScore, evaluate
 from secura_lightning.evaluation.harness import require_lm_eval, run_lm_eval
 from secura_lightning.metrics.text import check_metric
 from secura_lightning.modeling.load import BaseSpec, load_model, load_tokenizer, stored_in
+from secura_lightning.modeling.precision import autocast, full_name
 
 EPILOG = """examples:
   secura eval --config configs/quickstart.yaml --ckpt RUN/checkpoints/task2-logic.ckpt
@@ -122,7 +123,7 @@ def _load(options: argparse.Namespace, cli: Any) -> tuple[BaseSpec, PreTrainedMo
     if options.ckpt is not None:
         spec, model, _ = rebuild(options.ckpt, options.weights)
     else:
-        spec = BaseSpec() if cli is None else stored_in(cli.model.spec, str(cli.config["trainer"]["precision"] or ""))
+        spec = BaseSpec() if cli is None else stored_in(cli.model.spec, full_name(cli.config["trainer"]["precision"]))
         if options.model is not None:
             spec = replace(spec, base=options.model, revision=None, init="pretrained")
         if spec.init == "random":
@@ -141,7 +142,7 @@ def _score(cli: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     scores: list[TaskScore] = []
     probe: ProbeScore | None = None
     with ExitStack() as stack:
-        stack.enter_context(_precision(cli.config["trainer"]["precision"], model))
+        stack.enter_context(autocast(cli.config["trainer"]["precision"], next(model.parameters()).device.type))
         bar = stack.enter_context(tqdm(leave=False, disable=None, unit=" rows"))
         shared: dict[str, Any] = {
             "batch_size": monitor.batch_size,
@@ -163,14 +164,6 @@ def _score(cli: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         "tasks": {score.task: score.summary() for score in scores},
         "base_knowledge": None if probe is None else report.base_of(probe),
     }
-
-
-def _precision(precision: Any, model: PreTrainedModel) -> AbstractContextManager[object]:
-    """The autocast that ``trainer.precision`` means in ``fit``."""
-    kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    if precision not in kinds:
-        return nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, kinds[precision])
 
 
 def score_table(scores: list[TaskScore], probe: ProbeScore | None) -> str:

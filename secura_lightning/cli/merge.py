@@ -32,7 +32,7 @@ from secura_lightning.cli.options import (
 )
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.export.card import MERGED_USE, write_card
-from secura_lightning.export.check import default_tolerance, largest_difference, probe_logits
+from secura_lightning.export.check import default_tolerance, largest_difference, least_tolerance, probe_logits
 from secura_lightning.export.merging import Onto, check_biases, full_precision_base, merge_live, merge_quantized
 from secura_lightning.modeling.load import BaseSpec, load_tokenizer
 
@@ -51,8 +51,9 @@ def _parser() -> argparse.ArgumentParser:
                         help="of a 4-bit or 8-bit run: add the change to the original weights (default), or to the "
                         "values that the run computed with")  # fmt: skip
     parser.add_argument("--tolerance", type=float,
-                        help="largest logit difference from the live model (default: by the weights' type; of a "
-                        "quantised run plus twice the difference between the two bases themselves)")  # fmt: skip
+                        help="largest logit difference from the live model (default: by the weights' type, and at most "
+                        "half of the difference that the change itself makes; of a quantised run by the weights' type "
+                        "plus twice the difference between the two bases themselves)")  # fmt: skip
     parser.add_argument("--text", type=Path, help="text file whose logits are compared, instead of the built-in text")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file (5GB)")
     return parser
@@ -80,9 +81,12 @@ def main(args: list[str]) -> int:
     settings, results = describe_adapter(adapters.config), results_of(options.ckpt)
     training = training_of(options.ckpt)
     live = probe_logits(model, tokenizer, texts)
-    target, apart = _merge(spec, model, adapters, tokenizer, texts, onto)
-    del model, adapters
-    allowed, why = _allowed(options.tolerance, target.dtype, apart)
+    with adapters.disabled():
+        untouched = probe_logits(model, tokenizer, texts)
+    effect = largest_difference(live, untouched)
+    target, apart = _merge(model, adapters, tokenizer, texts, onto, spec, untouched)
+    del model, adapters, untouched
+    allowed, why = _allowed(options.tolerance, target.dtype, effect, apart)
     with new_folder(options.out) as folder:
         target.config.use_cache = True  # training turned it off
         target.save_pretrained(folder, max_shard_size=options.max_shard_size)
@@ -90,11 +94,12 @@ def main(args: list[str]) -> int:
         del target
         gc.collect()
         difference = _check(folder, spec, tokenizer, live, texts, allowed, why)
-        notes = _notes(spec, onto, difference, allowed, apart)
+        notes = _notes(spec, onto, difference, allowed, effect, apart)
         use = MERGED_USE.replace("FOLDER", options.push or options.out.name)
         card = write_card(f"{options.out.name}", spec, "transformers", use, notes, settings, results, training)
         (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"largest logit difference from the live model: {difference:.3g} (limit {allowed:.3g}: {why})")
+    print(f"largest logit difference that the change itself makes: {effect:.3g}")
     print(f"wrote {options.out} ({size_of(options.out)}){'' if onto is None else f', merged onto the {_name(onto)}'}")
     upload(options)
     return 0
@@ -115,31 +120,34 @@ def _name(onto: Onto) -> str:
 
 
 def _merge(
-    spec: BaseSpec,
     model: PreTrainedModel,
     adapters: AdapterSet,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     onto: Onto | None,
+    spec: BaseSpec,
+    untouched: Sequence[Tensor],
 ) -> tuple[PreTrainedModel, float | None]:
     """The merged model; and how far the quantised base and the one merged into are apart without any change."""
     with tqdm(total=len(adapters.layers), desc="merging", unit=" modules", leave=False, disable=None) as bar:
         if onto is None:
             return merge_live(model, adapters, bar.update), None
-        with adapters.disabled():
-            quantised = probe_logits(model, tokenizer, texts)
         target = full_precision_base(spec, model, onto)
-        apart = largest_difference(quantised, probe_logits(target, tokenizer, texts))
+        apart = largest_difference(untouched, probe_logits(target, tokenizer, texts))
         return merge_quantized(target, adapters, onto, bar.update), apart
 
 
-def _allowed(tolerance: float | None, dtype: torch.dtype, apart: float | None) -> tuple[float, str]:
+def _allowed(tolerance: float | None, dtype: torch.dtype, effect: float, apart: float | None) -> tuple[float, str]:
+    """The largest difference that is accepted, and why; ``effect`` is what the change itself does to the logits."""
     if tolerance is not None:
         return tolerance, "--tolerance"
     kind = str(dtype).removeprefix("torch.")
-    if apart is None:
-        return default_tolerance(dtype), f"{kind} weights"
-    return default_tolerance(dtype) + 2 * apart, f"{kind} weights, and the bases alone are {apart:.3g} apart"
+    if apart is not None:
+        return default_tolerance(dtype) + 2 * apart, f"{kind} weights, and the bases alone are {apart:.3g} apart"
+    half = max(effect / 2, least_tolerance(dtype))
+    if half < default_tolerance(dtype):
+        return half, f"half of what the change does, in {kind} weights"
+    return default_tolerance(dtype), f"{kind} weights"
 
 
 def _check(
@@ -163,7 +171,9 @@ def _check(
     return difference
 
 
-def _notes(spec: BaseSpec, onto: Onto | None, difference: float, allowed: float, apart: float | None) -> list[str]:
+def _notes(
+    spec: BaseSpec, onto: Onto | None, difference: float, allowed: float, effect: float, apart: float | None
+) -> list[str]:
     base = f"{spec.base}" + (f" at revision {spec.revision}" if spec.revision else "")
     if onto is None:
         notes = [f"Base + change of one fine-tuning run on {base}, summed in fp32 and rounded once to {spec.dtype}."]
@@ -174,6 +184,7 @@ def _notes(spec: BaseSpec, onto: Onto | None, difference: float, allowed: float,
             f"Without any change the {spec.quantization} base and this one have logits up to {apart:.3g} apart.",
         ]
     notes.append(
-        f"Largest logit difference from the live model on probe text: {difference:.3g} (at most {allowed:.3g})."
+        f"Largest logit difference from the live model on probe text: {difference:.3g} (at most {allowed:.3g}); the "
+        f"change itself makes one of {effect:.3g}."
     )
     return notes

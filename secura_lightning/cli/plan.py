@@ -11,9 +11,8 @@ from secura_lightning.engine import ShardedStrategy
 from secura_lightning.modeling.load import load_config, stored_in
 from secura_lightning.modeling.loss import LARGE_VOCABULARY
 from secura_lightning.modeling.plan import Memory, Shape, estimate
+from secura_lightning.modeling.precision import autocast_type, full_name
 from secura_lightning.modeling.shard import check_shardable
-
-_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16": torch.bfloat16, "16": torch.float16}
 
 
 class PlanCLI(FitCLI):
@@ -35,7 +34,7 @@ def main(args: list[str]) -> int:
     cli = parse(PlanCLI, args)
     trainer = cli.config_init["trainer"]
     module, data = cli.model, cli.datamodule
-    precision = str(trainer.get("precision") or "32-true")
+    precision = full_name(trainer.get("precision"))
     spec = stored_in(module.spec, precision)
     shards = 1
     if is_sharding(trainer.get("strategy")):
@@ -46,7 +45,7 @@ def main(args: list[str]) -> int:
     shape = Shape(
         rows=data.batch_size,
         length=data.max_length,
-        autocast=_AUTOCAST.get(precision),
+        autocast=autocast_type(precision),
         checkpointing=module.activation_checkpointing,
         chunked=chunked,
         shards=shards,

@@ -34,6 +34,14 @@ def default_tolerance(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, 1e-3)
 
 
+def least_tolerance(dtype: torch.dtype) -> float:
+    """Below this a difference of logits is rounding in the computation itself, and says nothing about weights.
+
+    Nothing in 16 bits, where rounding the merged weight is what can lose a small change.
+    """
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.0)
+
+
 def probe_logits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = PROBE_TEXTS
 ) -> list[Tensor]:

@@ -81,12 +81,30 @@ class ChunkedLoss:
         Returns:
             A scalar in fp32 (or fp64 for an fp64 model).
         """
+        return self.by_part(inputs, labels, [len(labels)])[0]
+
+    def by_part(self, inputs: dict[str, Any], labels: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """:meth:`__call__` of each part of a batch, from one forward.
+
+        Args:
+            inputs: What the model is called with.
+            labels: ``[b, t]``.
+            sizes: Rows of each part, ``b`` in all; the parts stand one after another.
+
+        Returns:
+            A scalar for each part.
+        """
         # Shifted, so that a token's target stands where it is predicted; the last position predicts nothing.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         trained = targets != IGNORED
-        hidden = self._hidden(inputs, trained)
+        hidden, wanted = self._hidden(inputs, trained), targets[trained]  # [n, d] and [n], row after row
+        # A count is read off the device: only where there is something to split.
+        counts = [len(wanted)] if len(sizes) == 1 else [int(part.sum()) for part in trained.split(list(sizes))]
         parameters = [p for p in self.head.parameters() if p.requires_grad]
-        return chunked_cross_entropy(hidden, targets[trained], self._score, parameters, self.chunk)
+        return [
+            chunked_cross_entropy(part, ids, self._score, parameters, self.chunk)
+            for part, ids in zip(hidden.split(counts), wanted.split(counts), strict=True)
+        ]
 
     def _score(self, hidden: Tensor) -> Tensor:
         return self.transform(self.head(hidden))
@@ -192,6 +210,21 @@ def chunked_cross_entropy(
     return cast(Tensor, _Chunked.apply(hidden, targets, score, chunk, *parameters))
 
 
+def _value_and_slope(logits: Tensor, targets: Tensor, learns: bool) -> tuple[Tensor, Tensor | None]:
+    """The summed cross-entropy of ``logits`` [c, v], and its slope softmax(logits) - onehot(targets) in their type.
+
+    Autograd would keep the log-probabilities and write a matrix of zeros and one of gradients beside them; here the
+    log-probabilities become the slope in place.
+    """
+    wide = logits.dtype if logits.dtype.itemsize > 4 else torch.float32
+    scores = torch.log_softmax(logits, dim=-1, dtype=wide)
+    loss = F.nll_loss(scores, targets, reduction="sum")
+    if not learns:
+        return loss, None
+    scores.exp_()[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+    return loss, scores.to(logits.dtype)
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -206,10 +239,11 @@ class _Chunked(torch.autograd.Function):
             rows = slice(start, start + chunk)
             with torch.set_grad_enabled(learns):
                 part = hidden[rows].detach().requires_grad_(need_hidden)
-                loss = _cross_entropy(score(part), targets[rows])
-            total = loss.detach() if total is None else total + loss.detach()
+                logits = score(part)
+            loss, slope = _value_and_slope(logits.detach(), targets[rows], learns)
+            total = loss if total is None else total + loss
             if learns:
-                found = list(torch.autograd.grad(loss, ([part] if need_hidden else []) + wanted))
+                found = list(torch.autograd.grad(logits, ([part] if need_hidden else []) + wanted, slope))
                 if grad_hidden is not None:
                     grad_hidden[rows] = found.pop(0)
                 for sum_, grad in zip(grads, found, strict=True):

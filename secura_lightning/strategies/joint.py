@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secura_lightning.data.encode import IGNORED
-from secura_lightning.modeling.loss import ChunkedLoss, chunked_cross_entropy
 
 _SPARE = 256  # positions of padding that cost less than a forward of their own
 _SHARE = 8  # of a larger batch, padding of one part in so many
@@ -47,23 +46,3 @@ def join(fresh: dict[str, Any], beside: dict[str, Tensor], pad: int) -> dict[str
 
     fills = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED}
     return {name: torch.cat([wide(batch[name], fill) for batch in (fresh, beside)]) for name, fill in fills.items()}
-
-
-def chunked_parts(loss: ChunkedLoss, inputs: dict[str, Any], labels: Tensor, sizes: list[int]) -> list[Tensor]:
-    """The summed cross-entropy of each part of a batch, without ``[tokens, vocabulary]`` logits.
-
-    Args:
-        loss: The model's chunked loss.
-        inputs: What the model is called with.
-        labels: ``[b, t]``.
-        sizes: Rows of each part; they stand one part after another.
-    """
-    if len(sizes) == 1:
-        return [loss(inputs, labels)]
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    trained = targets != IGNORED
-    hidden = loss._hidden(inputs, trained)  # [n, d], row after row
-    parameters = [p for p in loss.head.parameters() if p.requires_grad]
-    counts = [int(part.sum()) for part in trained.split(sizes)]
-    parts = zip(hidden.split(counts), targets[trained].split(counts), strict=True)
-    return [chunked_cross_entropy(part, wanted, loss._score, parameters, loss.chunk) for part, wanted in parts]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,12 +12,13 @@ from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.metrics import continual
 from secura_lightning.study.axes import show
 from secura_lightning.study.load import SEEDS
-from secura_lightning.study.records import Record, metric_names, unpack, value_of
-from secura_lightning.study.stats import Array, difference, holm, mean_interval, row_weights
+from secura_lightning.study.records import Record, metric_names, value_of
+from secura_lightning.study.resample import Bootstrap, Kinds
+from secura_lightning.study.stats import Array, difference_over_rows, difference_over_seeds, holm, mean_interval
 from secura_lightning.study.table import number
 
 LOWER_IS_BETTER = ("forgetting", "perplexity", "perplexity_ratio", "parameters", "seconds", "memory_mb")
-Kinds = Mapping[str, Sequence[str]]  # name -> kinds of base knowledge that `retention/name` averages
+Basis = Literal["seeds", "rows"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,14 @@ class Difference:
         low: Lower end of its 95 % interval.
         high: Upper end.
         p: Two-sided p-value, adjusted for all tests of the table.
+        basis: What the interval covers: the choice of ``seeds``, or that of evaluation ``rows`` alone.
     """
 
     difference: float
     low: float
     high: float
     p: float
+    basis: Basis
 
 
 def _telling(value: str) -> bool:
@@ -157,142 +159,6 @@ def find(groups: Sequence[Group], wanted: str) -> Group:
     return fits[0]
 
 
-# ---------------------------------------------------------------------------------------------------- bootstrap
-
-
-def _learned(cells: Array) -> Array:
-    """Scores right after each task was learned, ``[n, T]``."""
-    return np.stack([cells[:, i + 1, i] for i in range(cells.shape[2])], axis=1)
-
-
-def _backward(cells: Array) -> Array:
-    return _mean_of([cells[:, -1, i] - cells[:, i + 1, i] for i in range(cells.shape[2] - 1)], len(cells))
-
-
-def _forgetting(cells: Array) -> Array:
-    t = cells.shape[2]
-    return _mean_of([cells[:, i + 1 : t, i].max(1) - cells[:, -1, i] for i in range(t - 1)], len(cells))
-
-
-def _incremental(cells: Array) -> Array:
-    return _mean_of([cells[:, t, :t].mean(1) for t in range(1, cells.shape[1])], len(cells))
-
-
-def _forward(cells: Array) -> Array:
-    return _mean_of([cells[:, i, i] - cells[:, 0, i] for i in range(1, cells.shape[2])], len(cells))
-
-
-def _mean_of(columns: Sequence[Array], n: int) -> Array:
-    """Mean of columns ``[n]``; NaN where there are none."""
-    return np.mean(columns, axis=0) if len(columns) else np.full(n, np.nan)
-
-
-def base_retention(table: Array) -> Array:
-    """:func:`continual.base_retention` of many tables ``[n, T+1, K]``."""
-    known = table[:, 0] > 0
-    kept = np.minimum(1.0, np.divide(table[:, -1], table[:, 0], out=np.zeros_like(table[:, 0]), where=known))
-    n = known.sum(1)
-    return np.divide(kept.sum(1), n, out=np.full(len(n), np.nan), where=n > 0)
-
-
-# The metrics of metrics.continual over many matrices [n, T+1, T] at once, all rows measured
-OF_MATRIX: dict[str, Callable[[Array], Array]] = {
-    "AP": lambda cells: cells[:, -1].mean(1),
-    "AIA": _incremental,
-    "BWT": _backward,
-    "BWT_trace": lambda cells: _backward(cells) * (1 - 1 / cells.shape[2]),
-    "forgetting": _forgetting,
-    "FWT": _forward,
-    "learning_accuracy": lambda cells: _learned(cells).mean(1),
-}
-OF_KINDS: dict[str, Callable[[Array], Array]] = {
-    "base_retention": base_retention,
-    "base_delta": lambda table: (table[:, -1] - table[:, 0]).mean(1),
-}
-
-
-class Bootstrap:
-    """Metrics of runs under the same resamples of the evaluation rows.
-
-    Rows are drawn within each task and within each kind of base knowledge, the same ones for every run. A task's value
-    is the mean of its rows' scores (BLEU and chrF, elsewhere computed over the whole task, too).
-
-    Args:
-        resamples: How many.
-        seed: Seed of all draws.
-        kinds: Sets of kinds for ``retention/NAME``.
-    """
-
-    def __init__(self, resamples: int = 10000, seed: int = 0, kinds: Kinds | None = None) -> None:
-        self.resamples = resamples
-        self.seed = seed
-        self.kinds = kinds or {}
-        self._weights: dict[tuple[str, int], Array] = {}
-        self._ids: dict[str, str] = {}
-
-    def metric(self, record: Record, metric: str) -> Array:
-        """A metric of one run under every resample, the observed value first, ``[resamples + 1]``.
-
-        Raises:
-            SecuraError: The run has no row scores, other rows than the runs before, or the metric needs more.
-        """
-        rows = record.get("rows")
-        if not rows:
-            raise SecuraError(f"{record['cell']}: no predictions were saved, so no difference can be tested")
-        scope, _, name = metric.partition("/")
-        if metric in OF_MATRIX or (scope == "task" and name in record["tasks"]):
-            cells = self._matrix(record)
-            values = OF_MATRIX[metric](cells) if metric in OF_MATRIX else cells[:, -1, record["tasks"].index(name)]
-        else:
-            values = self._of_knowledge(record, metric, scope, name)
-        if np.isnan(values).any():
-            raise SecuraError(f"{record['cell']}: {metric} is undefined, so its differences cannot be tested")
-        return values
-
-    def _of_knowledge(self, record: Record, metric: str, scope: str, name: str) -> Array:
-        kinds = list((record["rows"]["base"] or {}).get("kinds", {}))
-        if metric not in (*OF_KINDS, "base_accuracy") and name not in kinds and scope != "retention":
-            raise SecuraError(f"'{metric}' is not computed from rows, so its differences cannot be tested")
-        if not kinds:
-            raise SecuraError(f"{record['cell']}: no rows were saved from which '{metric}' could be tested")
-        table = self._knowledge(record)
-        if metric in OF_KINDS:
-            return OF_KINDS[metric](table)
-        if scope == "retention":
-            return base_retention(table[:, :, [kinds.index(kind) for kind in self.kinds[name]]])
-        return table[:, -1, kinds.index(name)] if name else table[:, -1].mean(1)
-
-    def _matrix(self, record: Record) -> Array:
-        """The matrix under every resample, ``[resamples + 1, T+1, T]``."""
-        found = record["rows"]["tasks"]
-        columns = []
-        for task in record["tasks"]:
-            if task not in found:
-                raise SecuraError(f"{record['cell']}: no predictions of task '{task}' were saved")
-            self._check(f"task {task}", found[task]["ids"], record)
-            columns.append(self._resampled(f"task {task}", found[task]["scores"]))
-        return np.stack(columns, axis=2)
-
-    def _knowledge(self, record: Record) -> Array:
-        """Scores by kind under every resample, ``[resamples + 1, T+1, K]``."""
-        base = record["rows"]["base"]
-        self._check("base", base["ids"], record)
-        return np.stack([self._resampled(f"base {kind}", scores) for kind, scores in base["kinds"].items()], axis=2)
-
-    def _check(self, what: str, ids: str, record: Record) -> None:
-        if self._ids.setdefault(what, ids) != ids:
-            raise SecuraError(f"{record['cell']}: its rows of {what} are not those of the other runs")
-
-    def _resampled(self, what: str, rows: Sequence[str | None]) -> Array:
-        scores = [unpack(text) for text in rows]
-        n = next(len(row) for row in scores if row is not None)
-        if (what, n) not in self._weights:
-            rng = np.random.default_rng([self.seed, zlib.crc32(what.encode())])
-            self._weights[what, n] = row_weights(n, self.resamples, rng)
-        weights = self._weights[what, n]
-        return np.stack([np.full(len(weights), np.nan) if row is None else weights @ row for row in scores], axis=1)
-
-
 def significance(
     groups: Sequence[Group],
     reference: Group,
@@ -301,6 +167,10 @@ def significance(
     progress: Callable[[], object] = lambda: None,
 ) -> dict[tuple[str, str], Difference]:
     """Every other group against the reference, p-values adjusted by Holm's method for all of them together.
+
+    Where both groups have several runs, that is Student's t over the runs' metrics: over the differences of equal seeds
+    where both groups have the same, else Welch's. Where one has a single run, or no run differs from another, it is the
+    paired bootstrap over evaluation rows.
 
     Args:
         groups: The groups.
@@ -311,31 +181,51 @@ def significance(
 
     Returns:
         ``(group label, metric)`` -> the difference.
+
+    Raises:
+        SecuraError: A metric is undefined, or needs rows that were not saved.
     """
-    raw: dict[tuple[str, str], tuple[float, float, float, float]] = {}
+    raw: dict[tuple[str, str], tuple[tuple[float, float, float, float], Basis]] = {}
     for metric in metrics:
-        theirs = _by_seed(reference, metric, bootstrap)
         for one in groups:
             if one is not reference:
-                ours = _by_seed(one, metric, bootstrap)
-                paired = len(set(ours)) == len(one.records) == len(reference.records) and list(ours) == list(theirs)
-                rng = np.random.default_rng([bootstrap.seed, zlib.crc32(f"{one.label} {metric}".encode())])
-                raw[one.label, metric] = difference(_stack(ours), _stack(theirs), paired, rng)
+                found = _over_seeds(one, reference, metric, bootstrap.kinds)
+                raw[one.label, metric] = (
+                    (found, "seeds") if found else (_over_rows(one, reference, metric, bootstrap), "rows")
+                )
             progress()
-    adjusted = holm([p for *_, p in raw.values()])
-    return {key: Difference(*found[:3], p) for (key, found), p in zip(raw.items(), adjusted, strict=True)}
+    adjusted = holm([found[3] for found, _ in raw.values()])
+    return {
+        key: Difference(*found[:3], p=p, basis=basis)
+        for (key, (found, basis)), p in zip(raw.items(), adjusted, strict=True)
+    }
 
 
-def _by_seed(one: Group, metric: str, bootstrap: Bootstrap) -> dict[Any, list[Array]]:
-    """Resampled metrics of a group's runs by seed, in the seeds' order."""
-    found: dict[Any, list[Array]] = {}
-    for record in sorted(one.records, key=lambda record: str(record["meta"].get("seed"))):
-        found.setdefault(record["meta"].get("seed"), []).append(bootstrap.metric(record, metric))
-    return found
+def _over_seeds(one: Group, reference: Group, metric: str, kinds: Kinds) -> tuple[float, float, float, float] | None:
+    """The t-test of two groups; None where it cannot be made."""
+    if min(len(one.records), len(reference.records)) < 2:
+        return None
+    sides = []
+    for members in (one.records, reference.records):
+        figures = []
+        for record in members:
+            figure = value(record, metric, kinds)
+            if figure is None:
+                raise SecuraError(f"{record['cell']}: {metric} is undefined, so its differences cannot be tested")
+            figures.append((str(record["meta"].get("seed")), figure))
+        sides.append(sorted(figures))
+    ours, theirs = ([figure for _, figure in side] for side in sides)
+    seeds = [[seed for seed, _ in side] for side in sides]
+    paired = seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0])
+    return difference_over_seeds(ours, theirs, paired)
 
 
-def _stack(runs: dict[Any, list[Array]]) -> Array:
-    return np.stack([run for same in runs.values() for run in same], axis=1)
+def _over_rows(one: Group, reference: Group, metric: str, bootstrap: Bootstrap) -> tuple[float, float, float, float]:
+    """The bootstrap over rows of two groups' means over their runs."""
+    ours, theirs = (
+        np.mean([bootstrap.metric(record, metric) for record in side.records], axis=0) for side in (one, reference)
+    )
+    return difference_over_rows(ours, theirs)
 
 
 def cell_text(found: tuple[float, float | None] | None) -> str:

@@ -6,14 +6,18 @@ A record is one line of ``results.jsonl``, or is built from a run's folder; both
              "base":  {"ids": digest, "kinds": {KIND: [row 0, row 1, ...]}}}
 
 where each entry, one for every row of the matrix, holds the scores of the same rows in the same order as text: ``0``
-and ``1`` where there are no others, else ``=`` and two letters of base 64 a score, in steps of 1/4095.
+and ``1`` where there are no others, else ``=`` and two letters of base 64 a score, in steps of 1/4095. Tasks whose
+metric is no mean of rows (:data:`~secura_lightning.metrics.corpus.CORPUS`) have ``counts`` beside ``scores``: what the
+metric is computed from, exact.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secura_lightning.errors import SecuraError
+from secura_lightning.metrics.corpus import CORPUS
+from secura_lightning.metrics.text import METRICS
 
 Record = dict[str, Any]
 
@@ -70,7 +76,8 @@ def record_of(folder: Path) -> Record:
     first: Record = next((row for row in report.get("details") or [] if row), {})
     scored = ("metric", "n", "chance", "majority")
     record["scored"] = {task: {key: cell.get(key) for key in scored} for task, cell in first.items()}
-    record["rows"] = _row_scores(folder, report["tasks"], len(report["steps"]))
+    metrics = {task: str(cell["metric"]) for task, cell in record["scored"].items()}
+    record["rows"] = _row_scores(folder, report["tasks"], len(report["steps"]), metrics)
     return rounded(record)
 
 
@@ -85,7 +92,7 @@ def rounded(value: Any, digits: int = 6) -> Any:
     return value
 
 
-def _row_scores(folder: Path, tasks: list[str], n_rows: int) -> Record | None:
+def _row_scores(folder: Path, tasks: list[str], n_rows: int, metrics: dict[str, str]) -> Record | None:
     """The scores of all saved predictions; None without any."""
     found: Record = {"tasks": {}, "base": None}
     for task in tasks:
@@ -94,6 +101,8 @@ def _row_scores(folder: Path, tasks: list[str], n_rows: int) -> Record | None:
         if any(lines):
             ids = next([line["id"] for line in rows] for rows in lines if rows)
             found["tasks"][task] = {"ids": _digest(ids), "scores": [pack([x["score"] for x in row]) for row in lines]}
+            if metrics.get(task) in CORPUS:
+                found["tasks"][task]["counts"] = [pack_counts(_counts(metrics[task], row)) for row in lines]
     lines = [_predictions(folder, f"base{t}") for t in range(n_rows)]
     if any(lines):
         some = next(rows for rows in lines if rows)
@@ -137,6 +146,36 @@ def unpack(text: str | None) -> NDArray[np.float64] | None:
         return np.array([float(letter) for letter in text])
     digits = [_LETTERS.index(letter) for letter in text[1:]]
     return np.array([64 * high + low for high, low in zip(digits[::2], digits[1::2], strict=True)]) / _STEPS
+
+
+def _counts(metric: str, rows: list[Record]) -> NDArray[np.float64] | None:
+    """What a corpus-level metric is computed from, of every row ``[n, k]``; of several right answers the closest."""
+    if not rows:
+        return None
+    predictions = [row["prediction"] for row in rows]
+    answers = [[row["reference"], *row.get("aliases", ())] for row in rows]
+    closest = [
+        max(texts, key=lambda text: METRICS[metric](prediction, text))
+        for prediction, texts in zip(predictions, answers, strict=True)
+    ]
+    return CORPUS[metric].counts(predictions, closest)
+
+
+def pack_counts(counts: NDArray[np.float64] | None) -> str | None:
+    """Whole numbers ``[n, k]`` as text; None without any."""
+    if counts is None:
+        return None
+    packed = zlib.compress(counts.astype("<i4").tobytes(), 9)
+    return f"{counts.shape[1]}:{base64.b64encode(packed).decode()}"
+
+
+def unpack_counts(text: str | None) -> NDArray[np.float64] | None:
+    """The counts ``[n, k]`` that :func:`pack_counts` wrote."""
+    if text is None:
+        return None
+    width, _, packed = text.partition(":")
+    flat = np.frombuffer(zlib.decompress(base64.b64decode(packed)), dtype="<i4")
+    return flat.reshape(-1, int(width)).astype(np.float64)
 
 
 def value_of(record: Record, metric: str) -> float | None:

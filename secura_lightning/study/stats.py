@@ -1,9 +1,15 @@
-"""Intervals and tests: Student's t over seeds, a paired bootstrap over rows and seeds, Holm's correction."""
+"""Intervals and tests: Student's t over seeds, a paired bootstrap over rows for single runs, Holm's correction.
+
+A percentile bootstrap over a few seeds is too narrow: n values have a resampled variance of (n - 1) / n of what it
+should be, and no tails beyond the values seen (n = 3: its 95 % intervals cover 73 % of normal draws). Student's t is
+exact there for values that are normally distributed.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,32 +17,49 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def t_cdf(t: float, df: int) -> float:
-    """Student's t distribution function for whole degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
-    angle = math.atan2(t, math.sqrt(df))
-    cos2 = math.cos(angle) ** 2
-    term = total = 1.0
-    if df % 2:
-        for k in range(3, df - 1, 2):
-            term *= cos2 * (k - 1) / k
-            total += term
-        inside = 2 / math.pi * (angle + (math.sin(angle) * math.cos(angle) * total if df > 1 else 0.0))
-    else:
-        for k in range(2, df - 1, 2):
-            term *= cos2 * (k - 1) / k
-            total += term
-        inside = math.sin(angle) * total
-    return 0.5 * (1 + inside)
+def _beta_fraction(a: float, b: float, x: float) -> float:
+    """The continued fraction of the incomplete beta function (DLMF 8.17.22), by Lentz's method."""
+    tiny = 1e-300
+    c, d = 1.0, 1 / ((1 - (a + b) * x / (a + 1)) or tiny)
+    value = d
+    for m in range(1, 10000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for part in (even, odd):
+            d = 1 / ((1 + part * d) or tiny)
+            c = (1 + part / c) or tiny
+            value *= c * d
+        if abs(c * d - 1) < 1e-16:
+            break
+    return value
 
 
-def t_quantile(p: float, df: int) -> float:
-    """The t with ``t_cdf(t, df) == p``, for p in (0.5, 1)."""
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function I_x(a, b)."""
+    if x <= 0 or x >= 1:
+        return min(1.0, max(0.0, x))
+    log = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    if x < (a + 1) / (a + b + 2):  # where the fraction converges fast
+        return math.exp(log) * _beta_fraction(a, b, x) / a
+    return 1 - math.exp(log) * _beta_fraction(b, a, 1 - x) / b
+
+
+def t_p_value(t: float, df: float) -> float:
+    """Two-sided p-value of Student's t: the probability of a value at least as far from zero; ``df`` may be broken."""
+    if t * t < df:  # whichever leaves no digits in 1 - x
+        return 1 - _incomplete_beta(0.5, df / 2, t * t / (df + t * t))
+    return _incomplete_beta(df / 2, 0.5, df / (df + t * t))
+
+
+@cache
+def t_quantile(p: float, df: float) -> float:
+    """The t that a share p of Student's distribution lies below, for p in (0.5, 1)."""
     low, high = 0.0, 1.0
-    while t_cdf(high, df) < p:
+    while t_p_value(high, df) > 2 * (1 - p):
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(middle, df) < p else (low, middle)
+        low, high = (middle, high) if t_p_value(middle, df) > 2 * (1 - p) else (low, middle)
     return (low + high) / 2
 
 
@@ -46,8 +69,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     mean = math.fsum(values) / n
     if n == 1:
         return mean, None
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, t_quantile((1 + level) / 2, n - 1) * deviation / math.sqrt(n)
+    return mean, t_quantile((1 + level) / 2, n - 1) * math.sqrt(_variance(values) / n)
 
 
 def row_weights(n: int, resamples: int, rng: np.random.Generator) -> Array:
@@ -59,31 +81,60 @@ def row_weights(n: int, resamples: int, rng: np.random.Generator) -> Array:
     return np.vstack([np.ones((1, n)), drawn]) / n
 
 
-def difference(
-    ours: Array, theirs: Array, paired: bool, rng: np.random.Generator, level: float = 0.95
-) -> tuple[float, float, float, float]:
-    """The difference between two groups of runs, by bootstrap over rows (drawn already) and seeds (drawn here).
+def difference_over_seeds(
+    ours: Sequence[float], theirs: Sequence[float], paired: bool, level: float = 0.95
+) -> tuple[float, float, float, float] | None:
+    """The difference between two groups of at least two runs each, by Student's t.
 
     Args:
-        ours: A metric of each run under each resample of rows, ``[resamples + 1, runs]``, the observed one first; the
-            same resamples for both groups, which is what makes the rows paired.
+        ours: A metric of each run.
         theirs: The same of the reference.
-        paired: The runs of both groups have the same seeds in the same order, and are drawn together.
-        rng: Draws the seeds.
+        paired: Run i of both groups has the same seed: the t-test of the differences, n - 1 degrees of freedom.
+            Otherwise Welch's test, which lets the groups' variances differ (Biometrika 1947).
         level: What the interval covers.
 
     Returns:
-        Observed difference of means, lower and upper end of its percentile interval, and the two-sided p-value: twice
-        the smaller share of resampled differences on either side of zero, never below 2 / (resamples + 1).
+        Difference of means, lower and upper end of its interval, two-sided p-value. None where the seeds do not vary
+        at all, which says nothing about how far they could.
     """
-    observed = float(ours[0].mean() - theirs[0].mean())
-    n = len(ours) - 1
-    mine = rng.integers(0, ours.shape[1], size=(n, ours.shape[1]))
-    other = mine if paired else rng.integers(0, theirs.shape[1], size=(n, theirs.shape[1]))
-    drawn = np.take_along_axis(ours[1:], mine, 1).mean(1) - np.take_along_axis(theirs[1:], other, 1).mean(1)
+    gap = math.fsum(ours) / len(ours) - math.fsum(theirs) / len(theirs)
+    if paired:
+        parts = [_variance([x - y for x, y in zip(ours, theirs, strict=True)]) / len(ours)]
+        sizes = [len(ours)]
+    else:
+        parts = [_variance(values) / len(values) for values in (ours, theirs)]
+        sizes = [len(ours), len(theirs)]
+    error = math.sqrt(sum(parts))
+    if error <= 1e-9 * max(map(abs, (*ours, *theirs))):  # rounding of the sums, or zero
+        return None
+    df = sum(parts) ** 2 / sum(part**2 / (n - 1) for part, n in zip(parts, sizes, strict=True))
+    half = t_quantile((1 + level) / 2, df) * error
+    return gap, gap - half, gap + half, t_p_value(gap / error, df)
+
+
+def _variance(values: Sequence[float]) -> float:
+    """Of a sample: the sum of squares over n - 1."""
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+def difference_over_rows(ours: Array, theirs: Array, level: float = 0.95) -> tuple[float, float, float, float]:
+    """The difference between two groups of runs as they are, by a paired bootstrap over evaluation rows.
+
+    Args:
+        ours: The group's metric under each resample of rows ``[resamples + 1]``, the observed one first; the same
+            resamples for both groups, which is what makes the rows paired.
+        theirs: The same of the reference.
+        level: What the interval covers.
+
+    Returns:
+        Observed difference, lower and upper end of its percentile interval, and the two-sided p-value: twice the
+        smaller share of resampled differences on either side of zero, never below 2 / (resamples + 1).
+    """
+    drawn = ours[1:] - theirs[1:]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     below, above = int((drawn <= 0).sum()), int((drawn >= 0).sum())
-    return observed, float(low), float(high), min(1.0, 2 * (min(below, above) + 1) / (n + 1))
+    return float(ours[0] - theirs[0]), float(low), float(high), min(1.0, 2 * (min(below, above) + 1) / (len(drawn) + 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -6,9 +6,12 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 
 from secura_lightning.cli.chat import Pair, columns, show
+from secura_lightning.cli.checkpoints import prompt_format_of
 from secura_lightning.cli.main import main
+from secura_lightning.data.prompt import PromptFormat
 from secura_lightning.evaluation.generate import generate
 from tests.cli.checkpoints import EVERY, adapted, base_folder, checkpoint
 from tests.evaluation.tiny import byte_tokenizer
@@ -48,6 +51,54 @@ def test_with_a_template_each_side_keeps_its_own_conversation(base: Path) -> Non
     assert tokenizer.decode(ids).endswith("u:two\na:")
     pair.reset()
     assert pair.histories == ([], [])
+
+
+CHATML = (
+    "{% for m in messages %}[{{ m['role'][0] }}]{{ m['content'] | trim }}[e]{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "form", [PromptFormat(), PromptFormat(system="Be brief."), PromptFormat(chat=False)], ids=("auto", "system", "off")
+)
+def test_a_first_prompt_is_read_as_the_runs_evaluation_reads_it(base: Path, form: PromptFormat) -> None:
+    model, adapters = adapted(base, EVERY["LoRA-none"], size=0.2)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    pair = Pair(model, adapters, tokenizer, max_new_tokens=8, form=form)
+    assert tokenizer.decode(pair._ids([], "hello")).endswith("hello" if form.chat is False else "[a]")
+    assert ("Be brief." in tokenizer.decode(pair._ids([], "hello"))) == (form.system is not None)
+    said = list(pair.answer("hello"))[-1]
+    assert said[1] == generate(model, tokenizer, ["hello"], 8, form=form)[0]
+    second = tokenizer.decode(
+        pair._ids([{"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}], "two")
+    )
+    if form.chat is False:
+        assert "one" not in second
+        return
+    system = "[s]Be brief.[e]" if form.system else ""
+    assert second.endswith(f"{system}[u]one[e][a]1[e][u]two[e][a]")
+
+
+def test_the_runs_own_setting_is_followed(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "last.ckpt"
+    checkpoint(path, base, EVERY["LoRA-none"])
+    assert prompt_format_of(path) == PromptFormat()
+    content = torch.load(path, weights_only=True)
+    for data, form in (
+        ({"chat": False, "system": None}, PromptFormat(chat=False)),
+        ({"chat": True, "system": "Be brief."}, PromptFormat(chat=True, system="Be brief.")),
+        ({"tasks": ["a"]}, PromptFormat(chat=False)),
+    ):
+        torch.save({**content, "SequenceDataModule": data}, path)
+        assert prompt_format_of(path) == form
+    arguments = ["chat", "--ckpt", str(path), "--prompt", "hello", "--max-new-tokens", "2"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--chat", "true"]) == 2  # this tokenizer has no template
+    assert "the tokenizer has no chat template" in capsys.readouterr().err
+    assert main([*arguments, "--system", "Be brief."]) == 2
+    assert "--system goes into the chat template" in capsys.readouterr().err
 
 
 def test_columns_fit_the_terminal() -> None:

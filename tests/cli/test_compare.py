@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from secura_lightning.cli.main import main
+from secura_lightning.errors import SecuraError
 from secura_lightning.metrics.continual import summarise
+from secura_lightning.metrics.text import score
 from secura_lightning.study import stats
-from secura_lightning.study.compare import OF_KINDS, OF_MATRIX, Bootstrap, group, significance
-from secura_lightning.study.records import pack, unpack
+from secura_lightning.study.compare import group, significance
+from secura_lightning.study.records import pack, pack_counts, record_of, unpack, unpack_counts
+from secura_lightning.study.resample import OF_KINDS, OF_MATRIX, Bootstrap
 from secura_lightning.study.table import render
 
 N = 40
@@ -193,7 +196,7 @@ def test_the_same_cell_of_two_sweeps_stays_two_groups(
         (["{empty}"], 1, "holds no complete run; name a run's folder"),
         (["{results}", "--sort", "APP"], 2, "metric 'APP' is unknown; choose among AP"),
         (["{results}", "--against", "dora"], 2, "--against dora: fits no group; name one of"),
-        (["{results}", "--against", "lora", "--test", "perplexity"], 1, "'perplexity' is not computed from rows"),
+        (["{single}", "--against", "lora", "--test", "perplexity"], 1, "'perplexity' is not computed from rows"),
         (["{results}", "--where", "method=dora"], 2, "--where leaves no run"),
         (["{results}", "--where", "nope=1"], 2, "--where nope: no such axis"),
         (["{results}", "--over", "nope"], 2, "--over nope: no such axis"),
@@ -211,7 +214,12 @@ def test_bad_input_is_one_line(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged.jsonl").write_text('{"cell": "a", "axes"')
-    places = {"empty": tmp_path / "empty", "results": results(), "damaged": tmp_path / "damaged.jsonl"}
+    places = {
+        "empty": tmp_path / "empty",
+        "results": results(),
+        "single": results(RUNS[::3], "single"),
+        "damaged": tmp_path / "damaged.jsonl",
+    }
     assert main(["compare", *(argument.format(**places) for argument in arguments)]) == code
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
@@ -221,45 +229,101 @@ def test_bad_input_is_one_line(
 # -------------------------------------------------------------------------------------------------- the statistics
 
 
-def test_differences_have_the_sign_and_size_of_the_means(
+def test_several_seeds_are_compared_by_students_t(
     results: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--against", "lora", "--test", "AP,base_retention", "--format", "csv", "--resamples", 400)
-    rows = {row["method"]: row for row in table(compare(capsys, results(), *options))}
-    for metric in ("AP", "base_retention"):
-        means = [np.mean([o["metrics"][metric] for o in RUNS if o["axes"]["method"] == m]) for m in ("secura", "lora")]
-        row = rows["secura"]
-        assert float(row[f"Δ {metric}"]) == pytest.approx(means[0] - means[1], abs=1e-6)
-    assert float(rows["secura"]["p"]) < 0.05
-    assert rows["lora"]["Δ AP"] == ""
+    metrics = ("AP", "base_retention")
+    options = ("--against", "lora", "--test", ",".join(metrics), "--format", "csv")
+    header, found, _ = csv.reader(io.StringIO(compare(capsys, results(), *options)))
+    assert found[0] == "secura"
+    places = [i for i, name in enumerate(header) if name.startswith("Δ")]
+    raw = []
+    for place, metric in zip(places, metrics, strict=True):
+        ours, theirs = ([o["metrics"][metric] for o in RUNS if o["axes"]["method"] == m] for m in ("secura", "lora"))
+        wanted = scipy_stats.ttest_rel(ours, theirs)
+        low, high = wanted.confidence_interval(0.95)
+        assert [float(x) for x in found[place : place + 3]] == pytest.approx(
+            [np.mean(ours) - np.mean(theirs), low, high], rel=1e-5
+        )
+        assert found[place + 4] == "seeds"
+        raw.append(float(wanted.pvalue))
+    assert [float(found[place + 3]) for place in places] == pytest.approx(stats.holm(raw), rel=1e-4)
     text = compare(capsys, results(), *options[:4])
-    assert "Holm's method for the 2 tests" in text
-    assert "0.0004*" in text  # nothing crosses zero: the floor of 2 / 10001, times Holm's 2
-    assert compare(capsys, results(), *options) == compare(capsys, results(), *options)
+    assert "Student's t" in text
+    assert "bootstrap" not in text
+
+
+def test_students_t_by_hand() -> None:
+    # differences 1, 2, 3: mean 2, variance 1, error 1/sqrt(3), t = 2 sqrt(3); with 2 degrees of freedom the p-value is
+    # 1 - t / sqrt(t^2 + 2) and the quantile of 0.975 is 0.95 sqrt(2 / (1 - 0.95^2))
+    t, quantile = 2 * 3**0.5, 0.95 * (2 / (1 - 0.95**2)) ** 0.5
+    found = stats.difference_over_seeds([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], paired=True)
+    assert found == pytest.approx((2, 2 - quantile / 3**0.5, 2 + quantile / 3**0.5, 1 - t / (t * t + 2) ** 0.5))
+    # Welch: variances 2 and 2 of two runs each, error sqrt(2), 2 degrees of freedom, t = 3 / sqrt(2)
+    t = 3 / 2**0.5
+    found = stats.difference_over_seeds([4.0, 6.0], [1.0, 3.0], paired=False)
+    half = quantile * 2**0.5
+    assert found == pytest.approx((3, 3 - half, 3 + half, 1 - t / (t * t + 2) ** 0.5))
+
+
+@given(
+    st.lists(st.floats(-1, 1), min_size=2, max_size=6, unique=True),
+    st.lists(st.floats(-1, 1), min_size=2, max_size=6, unique=True),
+)
+def test_other_seeds_are_compared_by_welch_as_in_scipy(ours: list[float], theirs: list[float]) -> None:
+    found = stats.difference_over_seeds(ours, theirs, paired=False)
+    spread = np.var(ours) / len(ours) + np.var(theirs) / len(theirs)
+    if found is None:
+        assert spread < 1e-12
+        return
+    if spread < 1e-8:  # scipy loses its digits first
+        return
+    wanted = scipy_stats.ttest_ind(ours, theirs, equal_var=False)
+    low, high = wanted.confidence_interval(0.95)
+    np.testing.assert_allclose(found[1:], [low, high, wanted.pvalue], rtol=1e-6, atol=1e-9)
+
+
+def test_single_runs_are_compared_over_rows(results: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--against", "lora", "--test", "AP", "--resamples", 400)
+    text = compare(capsys, results(RUNS[::3]), *options)
+    assert "paired bootstrap, 400 resamples" in text
+    assert "does not cover the choice of seeds" in text
+    assert "Student" not in text
+    row = next(one for one in table(compare(capsys, results(RUNS[::3]), *options, "--format", "csv")) if one["Δ AP"])
+    assert row["over"] == "rows"
+    assert float(row["Δ AP"]) == pytest.approx(RUNS[3]["metrics"]["AP"] - RUNS[0]["metrics"]["AP"], abs=1e-6)
+    assert float(row["p"]) == pytest.approx(2 / 401, rel=1e-4)  # nothing crosses zero
+    mixed = table(compare(capsys, results(RUNS[:4]), *options, "--format", "csv"))  # three runs of lora, one of secura
+    assert [one["over"] for one in mixed if one["Δ AP"]] == ["rows"]
+
+
+def test_seeds_that_agree_in_everything_leave_the_rows(
+    results: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    twins = [{**one, "cell": f"{i}", "meta": {**one["meta"], "seed": seed}, "axes": {**one["axes"], "seed": seed}}
+             for i, one in enumerate((RUNS[0], RUNS[3])) for seed in (1, 2)]  # fmt: skip
+    rows = table(compare(capsys, results(twins), "--against", "lora", "--format", "csv", "--resamples", 50))
+    assert [(row["n"], row["over"]) for row in rows] == [("2", "rows"), ("2", "")]
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**31), st.integers(2, 60), st.floats(0.05, 0.95))
 def test_a_group_against_its_own_copy_differs_by_nothing(seed: int, n: int, share: float) -> None:
-    rng = np.random.default_rng(seed)
-    rows = (rng.random((n, 3)) < share).astype(float)
+    rows = (np.random.default_rng(seed).random(n) < share).astype(float)
     metric = stats.row_weights(n, 200, np.random.default_rng(1)) @ rows
-    assert stats.difference(metric, metric.copy(), True, np.random.default_rng(2)) == (0.0, 0.0, 0.0, 1.0)
+    assert stats.difference_over_rows(metric, metric.copy()) == (0.0, 0.0, 0.0, 1.0)
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 2**31), st.integers(2, 50), st.booleans())
-def test_exchanging_the_groups_turns_the_interval_around(seed: int, n: int, paired: bool) -> None:
+@given(st.integers(0, 2**31), st.integers(2, 50))
+def test_exchanging_the_groups_turns_the_interval_around(seed: int, n: int) -> None:
     rng = np.random.default_rng(seed)
     weights = stats.row_weights(n, 300, np.random.default_rng(1))
-    ours, theirs = weights @ rng.random((n, 3)), weights @ rng.random((n, 3))
-    one = stats.difference(ours, theirs, True, np.random.default_rng(5))
-    back = stats.difference(theirs, ours, True, np.random.default_rng(5))
+    ours, theirs = weights @ rng.random(n), weights @ rng.random(n)
+    one, back = stats.difference_over_rows(ours, theirs), stats.difference_over_rows(theirs, ours)
     np.testing.assert_allclose([one[0], one[1], one[2], one[3]], [-back[0], -back[2], -back[1], back[3]], atol=1e-12)
     assert one[1] <= one[2]
     assert 2 / 301 <= one[3] <= 1
-    loose = stats.difference(ours, theirs, paired, np.random.default_rng(5))
-    assert loose[0] == one[0]
 
 
 @settings(deadline=None, max_examples=30)
@@ -273,28 +337,73 @@ def test_resampled_weights_are_shares_of_whole_rows(n: int, seed: int) -> None:
 
 def test_pairing_rows_narrows_the_interval_of_runs_that_err_on_the_same_rows() -> None:
     rng = np.random.default_rng(0)
-    rows = (rng.random((200, 1)) < 0.5).astype(float)
-    better = np.maximum(rows, (rng.random((200, 1)) < 0.1).astype(float))
+    rows = (rng.random(200) < 0.5).astype(float)
+    better = np.maximum(rows, (rng.random(200) < 0.1).astype(float))
     together = stats.row_weights(200, 2000, np.random.default_rng(1))
     apart = stats.row_weights(200, 2000, np.random.default_rng(2))
-    paired = stats.difference(together @ better, together @ rows, True, np.random.default_rng(3))
-    loose = stats.difference(together @ better, apart @ rows, True, np.random.default_rng(3))
+    paired = stats.difference_over_rows(together @ better, together @ rows)
+    loose = stats.difference_over_rows(together @ better, apart @ rows)
     assert paired[2] - paired[1] < 0.5 * (loose[2] - loose[1])
     # against the closed form: the standard deviation of the rows' differences
-    gap = (better - rows).ravel()
-    width = 2 * 1.96 * gap.std() / np.sqrt(200)
+    width = 2 * 1.96 * (better - rows).std() / np.sqrt(200)
     assert paired[2] - paired[1] == pytest.approx(width, rel=0.15)
 
 
-def test_the_test_errs_about_as_often_as_it_says() -> None:
+def test_the_test_over_rows_errs_about_as_often_as_it_says() -> None:
     """Groups that do not differ: about one p-value in twenty is below 0.05 when rows alone vary."""
     rng = np.random.default_rng(0)
     below = 0
     for trial in range(200):
-        ours, theirs = (rng.random((2, 60, 1)) < 0.6).astype(float)
+        ours, theirs = (rng.random((2, 60)) < 0.6).astype(float)
         weights = stats.row_weights(60, 300, np.random.default_rng(trial))
-        below += stats.difference(weights @ ours, weights @ theirs, True, rng)[3] < 0.05
+        below += stats.difference_over_rows(weights @ ours, weights @ theirs)[3] < 0.05
     assert 2 <= below <= 22
+
+
+def test_the_interval_over_three_seeds_covers_what_it_says() -> None:
+    rng = np.random.default_rng(0)
+    runs = [stats.difference_over_seeds(*rng.normal(size=(2, 3)).tolist(), paired) for paired in (True, False) * 500]
+    covered = np.mean([found[1] <= 0 <= found[2] for found in runs if found])
+    assert 0.93 <= covered <= 0.98  # Welch's is a little wide with so few
+
+
+WORDS = ("yes", "no", "maybe")
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "bleu", "chrf"])
+def test_metrics_that_are_no_mean_of_rows_are_computed_anew_for_every_resample(tmp_path: Path, metric: str) -> None:
+    rng = np.random.default_rng(0)
+    references = [f"{WORDS[i]} it is {WORDS[j]}" for i, j in rng.integers(0, 3, (12, 2))]
+    answers = [[f"{WORDS[i]} it is {WORDS[j]}" for i, j in rng.integers(0, 3, (12, 2))] for _ in range(2)]
+    (tmp_path / "predictions").mkdir()
+    matrix = []
+    for after, texts in enumerate(answers):
+        whole, rows = score(metric, texts, references)
+        matrix.append([whole])
+        lines = [json.dumps({"id": str(i), "reference": references[i], "prediction": texts[i], "score": rows[i]})
+                 for i in range(12)]  # fmt: skip
+        (tmp_path / "predictions" / f"row{after}_A.jsonl").write_text("\n".join(lines))
+    report = {"tasks": ["A"], "matrix": matrix, "base_knowledge": None, "metrics": {"AP": matrix[1][0]},
+              "steps": [0, 1], "meta": {"seed": 1}, "details": [{"A": {"metric": metric}}] * 2}  # fmt: skip
+    (tmp_path / "continual.json").write_text(json.dumps(report))
+    run = {**json.loads(json.dumps(record_of(tmp_path))), "cell": "one"}
+    bootstrap = Bootstrap(20)
+    found = bootstrap.metric(run, "AP")
+    assert found[0] == pytest.approx(matrix[1][0], abs=1e-12)
+    draws = np.rint(12 * bootstrap._weights["task A", 12]).astype(int)
+    for value, times in zip(found, draws, strict=True):
+        drawn = [i for i, count in enumerate(times) for _ in range(count)]
+        wanted = score(metric, [answers[1][i] for i in drawn], [references[i] for i in drawn])[0]
+        assert value == pytest.approx(wanted, abs=1e-12)
+    del run["rows"]["tasks"]["A"]["counts"]  # as records of versions before did
+    with pytest.raises(SecuraError, match=f"task A is scored by {metric}, which is no mean of its rows' scores"):
+        bootstrap.metric(run, "AP")
+
+
+def test_packed_counts_come_back() -> None:
+    counts = np.random.default_rng(0).integers(0, 5000, (7, 3)).astype(float)
+    np.testing.assert_array_equal(unpack_counts(pack_counts(counts)), counts)
+    assert unpack_counts(pack_counts(None)) is None
 
 
 def test_the_resampled_metric_starts_with_the_reported_one() -> None:
@@ -344,6 +453,12 @@ def test_holm_only_raises_and_keeps_the_order(p_values: list[float]) -> None:
 @given(st.floats(0.51, 0.9999), st.integers(1, 200))
 def test_t_quantile_is_that_of_scipy(p: float, df: int) -> None:
     assert stats.t_quantile(p, df) == pytest.approx(scipy_stats.t.ppf(p, df), rel=1e-9)
+
+
+@given(st.floats(0.01, 1e3), st.floats(1, 1e3))
+def test_t_p_value_is_that_of_scipy(t: float, df: float) -> None:
+    assert stats.t_p_value(t, df) == stats.t_p_value(-t, df) == pytest.approx(2 * scipy_stats.t.sf(t, df), rel=1e-9)
+    assert stats.t_p_value(t, 1) == pytest.approx(1 - 2 / np.pi * np.arctan(t), rel=1e-8)
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))

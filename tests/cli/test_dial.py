@@ -140,15 +140,6 @@ def test_scores_are_taken_as_the_run_takes_them(monkeypatch: pytest.MonkeyPatch)
     assert seen == [("validation", 5, 7, True), (5, 7, True)]
 
 
-@pytest.mark.parametrize(
-    ("precision", "kind"), [("bf16-mixed", torch.bfloat16), ("bf16", torch.bfloat16), ("32-true", None), (None, None)]
-)
-def test_precision_is_that_of_fit(precision: str | None, kind: torch.dtype | None) -> None:
-    with dial.autocast_of(precision, "cpu"):
-        product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == (kind or torch.float32)
-
-
 @pytest.mark.slow
 def test_the_end_of_the_path_scores_as_the_run_did(tmp_path: Path) -> None:
     changes = {

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from secura_lightning import merge
 from secura_lightning.adapters import AdapterConfig, DoRAConfig, LoRAConfig, SECURAConfig, inject
 from secura_lightning.cli.main import main
+from secura_lightning.cli.merge import _allowed
 from tests.adapters.toy import move
 from tests.cli.checkpoints import EVERY, IDS, base_folder, checkpoint, logits_of
 
@@ -104,6 +105,29 @@ def test_a_difference_above_the_tolerance_keeps_nothing(
     assert main(["merge", *arguments, "--tolerance", "0"]) == 1
     assert "above 0 (--tolerance)" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt"}
+
+
+def test_a_change_that_rounding_loses_is_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = {effect: _allowed(None, torch.bfloat16, effect, None) for effect in (0.0, 0.04, 1.0, 40.0)}
+    assert {effect: limit for effect, (limit, _) in limits.items()} == {0.0: 0.0, 0.04: 0.02, 1.0: 0.5, 40.0: 1.0}
+    assert limits[0.04][1] == "half of what the change does, in bfloat16 weights"
+    assert _allowed(None, torch.float32, 1e-6, None)[0] == 1e-4
+    assert _allowed(None, torch.bfloat16, 0.04, 0.3)[0] == 1.6
+    assert _allowed(0.7, torch.bfloat16, 0.04, None) == (0.7, "--tolerance")
+    checkpoint(tmp_path / "last.ckpt", base, EVERY["LoRA-none"], dtype="bfloat16")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    state = {name: 0.003 * value if name.endswith("lora_B") else value for name, value in content["state_dict"].items()}
+    torch.save({**content, "state_dict": state}, tmp_path / "last.ckpt")
+    arguments = ["--ckpt", str(tmp_path / "last.ckpt"), "--out", str(tmp_path / "merged")]
+    assert main(["merge", *arguments]) == 1
+    assert "half of what the change does" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert main(["merge", *arguments, "--tolerance", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "(limit 2: --tolerance)" in told
+    assert "largest logit difference that the change itself makes: " in told
 
 
 @pytest.mark.slow

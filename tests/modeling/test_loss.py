@@ -109,6 +109,21 @@ def test_chunked_loss_equals_plain_loss_under_autocast(head: str) -> None:
         assert (one - other).norm() <= 0.02 * other.norm()
 
 
+def test_parts_of_a_batch_are_summed_apart() -> None:
+    torch.manual_seed(0)
+    model = MODELS["llama"]().double()
+    parameters = inject(model, HEADS["LoRA on the head"]).trainable_parameters()
+    for parameter in parameters:
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    answer, (inputs, labels) = ChunkedLoss(model), batch()
+    found = answer.by_part(inputs, labels, [2, 1])
+    for part, rows in zip(found, (slice(0, 2), slice(2, 3)), strict=True):
+        alone = answer({name: value[rows] for name, value in inputs.items()}, labels[rows])
+        torch.testing.assert_close(part, alone)
+        gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (part, alone)]
+        torch.testing.assert_close(*gradients)
+
+
 def test_without_gradients_no_gradient_is_taken() -> None:
     hidden, targets = torch.randn(7, 4), torch.randint(9, (7,))
     head = nn.Linear(4, 9)
