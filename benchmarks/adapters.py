@@ -245,6 +245,7 @@ class Contender:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
     def __call__(self) -> None:
+        """One step: forward, backward, optimizer."""
         output = self.model(inputs_embeds=self.inputs).last_hidden_state
         output.float().square().mean().backward()
         self.optimizer.step()
@@ -299,6 +300,7 @@ def measure(shape: Shape, device: str, rounds: int, only: Sequence[str] = ()) ->
 
 
 def main() -> None:
+    """Measure, print the table, and write it where asked."""
     options = parser(__doc__ or "")
     options.add_argument("--rounds", type=int, help="rounds that count (5; 3 with --quick; 20 on a GPU)")
     options.add_argument(

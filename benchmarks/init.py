@@ -126,6 +126,7 @@ def measure_all(sizes: tuple[int, int, int, int], batch: int, length: int, round
 
 
 def main() -> None:
+    """Measure, print the table, and write it where asked."""
     options = parser(__doc__ or "").parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes, batch, length = ((512, 1792, 8, 2), 2, 256) if options.quick else ((4096, 14336, 32, 8), 4, 512)

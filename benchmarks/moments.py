@@ -91,6 +91,7 @@ def leakage(gram: Tensor, basis: Tensor) -> float:
 
 @torch.no_grad()
 def main() -> None:
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a model")
     parser.add_argument("--rank", type=int, default=16, help="of the basis")

@@ -239,7 +239,9 @@ class ContinualModule(LightningModule):
             loss = strategy.shape_loss(self.trainer, self, loss, batch, batch_idx)
         return loss
 
-    def _losses(self, batch: dict[str, Any], sizes: list[int], needed: bool) -> tuple[list[Tensor], Tensor | None]:
+    def _losses(
+        self, batch: dict[str, Any], sizes: list[int], needed: bool = False
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Summed cross-entropy of each part of a batch, whose parts have ``sizes`` rows; the logits, where needed."""
         if self._chunked is not None and not needed:
             return self._chunked.by_part(packed_inputs(batch), batch["labels"], sizes), None
@@ -253,9 +255,7 @@ class ContinualModule(LightningModule):
 
     def answer_loss(self, batch: dict[str, Any]) -> Tensor:
         """Summed cross-entropy of a batch's trained tokens, a scalar."""
-        if self._chunked is not None:
-            return self._chunked(packed_inputs(batch), batch["labels"])
-        return summed_cross_entropy(self.logits(batch), batch["labels"])
+        return self._losses(batch, [len(batch["labels"])])[0][0]
 
     def on_fit_start(self) -> None:
         """Calibrate what starts from calibration text, unless a checkpoint brought the start (it is loaded by now), and

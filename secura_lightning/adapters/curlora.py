@@ -185,7 +185,7 @@ class CURLoRALayer(DeltaLayer):
 
     def add_change(self, x: Tensor, y0: Tensor, scale: Tensor | None) -> Tensor:
         """``y0 + alpha ((x R^T) U^T) (diag(scale) C)^T``."""
-        left = self.left_basis if scale is None else scale.unsqueeze(-1) * self.left_basis
+        left = self.scaled(self.left_basis, scale)
         core = self.config.alpha * self.U
         if self.right_basis is None:
             return add_gathered(y0, self.rows, core, left)

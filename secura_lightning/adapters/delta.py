@@ -135,6 +135,10 @@ class DeltaLayer(AdapterLayer):
             return None
         return self.norm.row_scale(self.delta_row_square(), self.reference_norm)
 
+    def scaled(self, left: Tensor, scale: Tensor | None) -> Tensor:
+        """diag(scale) times a left factor [out, k] of the change; None is 1."""
+        return left if scale is None else scale.unsqueeze(-1) * left
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] -> [..., out]."""
         if not self.enabled:
@@ -179,7 +183,7 @@ class DeltaLayer(AdapterLayer):
             return None
         with torch.no_grad():
             (left, right), scale = self.factors(), self.row_scale()
-            return (left if scale is None else scale.unsqueeze(-1) * left), right
+            return self.scaled(left, scale), right
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

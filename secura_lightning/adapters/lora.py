@@ -90,5 +90,5 @@ class LoRALayer(DeltaLayer):
         """``y0 + scale * (dropout(x) A^T) B^T``."""
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         features = F.linear(dropped.to(y0.dtype), self.lora_A.to(y0.dtype))  # [..., r]
-        left = self.lora_B if scale is None else scale.unsqueeze(-1) * self.lora_B
+        left = self.scaled(self.lora_B, scale)
         return add_product(y0, features, left.to(y0.dtype), alpha=self.scale)

@@ -39,24 +39,20 @@ Version = Literal["v1", "v2"]
 Basis = Literal["weight", "orthonormal"]
 
 
-def null_basis(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The directions that the inputs fill least.
+def null_bases(gram: Tensor, ranks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """The directions that the inputs fill least, for layers that read one input.
 
     Args:
-        gram: [in, in] second moments of the inputs.
-        rank: Number of directions.
+        gram: [in, in] second moments of the input.
+        ranks: Number of directions that each layer wants.
 
     Returns:
-        P [in, rank] with orthonormal columns, in fp64; and the leakage ||X P|| / ||X||, a scalar.
+        For each P [in, rank] with orthonormal columns, in fp64; and the leakage ||X P|| / ||X||, a scalar.
     """
     values, vectors = torch.linalg.eigh(gram.double())
-    return vectors[:, :rank], leakage_of(values, rank)
-
-
-def leakage_of(values: Tensor, rank: int) -> Tensor:
-    """||X P|| / ||X||, a scalar, of the ``rank`` first of the ascending eigenvalues [in] of X^T X."""
     values = values.clamp_min(0)
-    return (values[:rank].sum() / values.sum().clamp_min(torch.finfo(values.dtype).tiny)).sqrt()
+    whole = values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    return [(vectors[:, :rank], (values[:rank].sum() / whole).sqrt()) for rank in ranks]
 
 
 def null_start(weight: Tensor, null: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
@@ -141,12 +137,14 @@ class NullLayer(DeltaLayer):
     @torch.no_grad()
     def calibrate(self, gram: Tensor, others: Sequence[AdapterLayer] = ()) -> None:
         """Take the start from the second moments [in, in] of the input; one decomposition serves all who read it."""
-        values, vectors = torch.linalg.eigh(gram.double())
-        for layer in (self, *others):
-            assert isinstance(layer, NullLayer)
-            rank = layer.config.rank
-            layer._start_at(vectors[:, :rank])
-            layer.leakage.copy_(leakage_of(values, rank))
+        layers = [self]
+        for other in others:
+            assert isinstance(other, NullLayer)
+            layers.append(other)
+        bases = null_bases(gram, [layer.config.rank for layer in layers])
+        for layer, (null, leakage) in zip(layers, bases, strict=True):
+            layer._start_at(null)
+            layer.leakage.copy_(leakage)
             layer.calibrated = True
 
     def _start_at(self, null: Tensor) -> None:
@@ -222,5 +220,5 @@ class LoRANullV2(NullLayer):
     def add_change(self, x: Tensor, y0: Tensor, scale: Tensor | None) -> Tensor:
         """``y0 + (x A0^T) B^T``."""
         features = F.linear(x.to(y0.dtype), self.lora_A.to(y0.dtype))  # [..., r]
-        left = self.lora_B if scale is None else scale.unsqueeze(-1) * self.lora_B
+        left = self.scaled(self.lora_B, scale)
         return add_product(y0, features, left.to(y0.dtype))

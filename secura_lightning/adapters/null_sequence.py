@@ -61,7 +61,6 @@ class LoRANullSequenceConfig(LoRANullConfig):
     moments: MomentType = "float64"
     """Type in which second moments are kept between tasks and in checkpoints: `float64`, or `float32` in half the
     space."""
-
     norm_over: NormOver = "sequence"
     """What S-MagNorm bounds: the change of the whole `sequence`, or each `task`'s own, with `norm: row`, which leaves
     finished tasks exactly as protected as without a norm."""
@@ -166,7 +165,7 @@ class NullSequenceLayer(LoRANullV2):
         """
         left, right = self.factors()
         if self.norm_over == "task":
-            left = self._scaled(left, self.row_scale())
+            left = self.scaled(left, self.row_scale())
         limit = min(self.out_features, self.in_features, self.frozen_rank or self.in_features)
         lost = left.new_zeros(())
         if left.shape[1] > limit:
@@ -198,27 +197,18 @@ class NullSequenceLayer(LoRANullV2):
             return super().delta_row_square()
         return row_products(self.lora_B, self.lora_A @ self.lora_A.t())
 
-    def _scaled(self, left: Tensor, scale: Tensor | None) -> Tensor:
-        """The left factor [out, k + r] under the row scale; under ``norm_over: task`` that scales B alone."""
-        if scale is None:
-            return left
-        if self.norm_over == "sequence":
-            return scale.unsqueeze(-1) * left
-        return torch.cat([self.frozen_left, scale.unsqueeze(-1) * self.lora_B], dim=1)
+    def scaled(self, left: Tensor, scale: Tensor | None) -> Tensor:
+        """The left factor [out, k + r] under the row scale: under ``norm_over: task`` its last r columns alone."""
+        if scale is None or self.norm_over == "sequence":
+            return super().scaled(left, scale)
+        frozen, trained = left.tensor_split([self.frozen_left.shape[1]], dim=1)
+        return torch.cat([frozen, scale.unsqueeze(-1) * trained], dim=1)
 
     def add_change(self, x: Tensor, y0: Tensor, scale: Tensor | None) -> Tensor:
         """``y0 + x (diag(scale) (F_L F_R + B A))^T``; under ``norm_over: task`` the scale is that of B A alone."""
         left, right = self.factors()
         features = F.linear(x.to(y0.dtype), right.to(y0.dtype))  # [..., k + r]
-        return add_product(y0, features, self._scaled(left, scale).to(y0.dtype))
-
-    @torch.no_grad()
-    def low_rank_delta(self) -> tuple[Tensor, Tensor] | None:
-        """The exact change after the norm as factors, or None where it has full rank. No gradient."""
-        if self.norm_over == "sequence":
-            return super().low_rank_delta()
-        left, right = self.factors()
-        return self._scaled(left, self.row_scale()), right
+        return add_product(y0, features, self.scaled(left, scale).to(y0.dtype))
 
     def fits(self, name: str, shape: torch.Size) -> bool:
         """The frozen factors have the rank of the tasks so far, and the Gram matrix is empty before calibration."""

@@ -232,7 +232,7 @@ class SECURALayer(DeltaLayer):
 
     def add_change(self, x: Tensor, y0: Tensor, scale: Tensor | None) -> Tensor:
         """``y0 + x (E R + diag(scale) C K R)^T``."""
-        left = self.left_basis if scale is None else scale.unsqueeze(-1) * self.left_basis
+        left = self.scaled(self.left_basis, scale)
         core: Tensor | None = None
         if self.fused_left is None:
             core = self.total_core()
@@ -261,9 +261,9 @@ class SECURALayer(DeltaLayer):
         kept = {name: value for name, value in found.items() if name not in ("A", "B")}
         if self.core is not None:
             return {"core": self.total_core(), **kept}
-        left, scale = self.left_basis @ self.total_core(), self.row_scale()
+        left = self.left_basis @ self.total_core()
         if self.fused_left is not None:
-            return {"fused_left": self.fused_left + (left if scale is None else scale.unsqueeze(-1) * left), **kept}
+            return {"fused_left": self.fused_left + self.scaled(left, self.row_scale()), **kept}
         assert self.fused_dense is not None
         reference = dense_weight(self.base).to(left.dtype) + self.fused_dense
         change = self.norm.element_change(reference, left @ self.right(), self.floor)
@@ -315,9 +315,7 @@ class SECURALayer(DeltaLayer):
         if self.core is not None:
             self.core.copy_(self.total_core())
         elif self.fused_left is not None:
-            scale = self.row_scale()
-            left = self.left_basis @ self.total_core()
-            self.fused_left += left if scale is None else scale.unsqueeze(-1) * left
+            self.fused_left += self.scaled(self.left_basis @ self.total_core(), self.row_scale())
         elif self.fused_dense is not None:
             self.fused_dense.copy_(self.delta_weight())
         self.B.zero_()

@@ -79,7 +79,7 @@ class StartedLayer(DeltaLayer):
         """``y0 + x (diag(scale) L R)^T``."""
         left, right = self.factors()
         features = F.linear(x.to(y0.dtype), right.to(y0.dtype))  # [..., 2 r]
-        return add_product(y0, features, (left if scale is None else scale.unsqueeze(-1) * left).to(y0.dtype))
+        return add_product(y0, features, self.scaled(left, scale).to(y0.dtype))
 
 
 @dataclass(kw_only=True)

@@ -152,7 +152,7 @@ class ForgettingMonitor(Callback):
             "after": after,
             "step": trainer.global_step,
             "tasks": [score.summary() for score in scores],
-            "base": {**report.base_of(base), "part": getattr(_probe(trainer), "part", "whole")} if base else None,
+            "base": {**report.base_of(base), "part": _probe(trainer).part} if base else None,
         }
         self.rows = [*kept, row]
         self._write(trainer, pl_module, scores, base)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -104,25 +105,20 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], frame: 
     head, tail = tokens_of(tokenizer, [frame.head, frame.tail]) if frame.is_chat else ([], [])
     first = list(frame.first_ids)
     return [
-        Prompt(first + ids, len(first) + _common(ids, head), _common(ids[::-1], tail[::-1]))
+        Prompt(first + ids, len(first) + common([ids, head]), common([ids[::-1], tail[::-1]]))
         for ids in tokens_of(tokenizer, [frame.text(prompt) for prompt in prompts])
     ]
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def common(sequences: Sequence[Sequence[int]]) -> int:
+    """How many ids all sequences begin with."""
+    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False)))
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of ``[bos] text`` of each text as it stands, without end of sequence and without a chat template."""
     bos = tokenizer.bos_token_id
     return [ids if bos is None else [bos, *ids] for ids in tokens_of(tokenizer, prompts)]
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """:func:`encode_prompts` of one text."""
-    return encode_prompts(tokenizer, [prompt])[0]
 
 
 def encode_answers(

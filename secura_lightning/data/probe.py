@@ -22,6 +22,8 @@ from secura_lightning.data.source import Hub, load_hub
 from secura_lightning.data.task import Task
 from secura_lightning.errors import ConfigError, SecuraError
 
+Part = Literal["whole", "watched", "held-out"]
+
 
 class Probe(ABC):
     """Questions that measure how much of its base knowledge a model kept.
@@ -35,6 +37,7 @@ class Probe(ABC):
         separator: Text between prompt and answer.
 
     Attributes:
+        part: The ``whole`` of the probe, or what part of another it is: ``watched`` by a strategy, or ``held-out``.
         stop: Texts that end a generated answer.
         window: Tokens that the model reads at once for the perplexity of texts; None for its context, at most 1024.
         stride: Tokens by which those windows advance; None for the window less one.
@@ -42,6 +45,7 @@ class Probe(ABC):
         system: The system message of that template; the sequence's ``data.system``.
     """
 
+    part: Part = "whole"
     stop: tuple[str, ...] = ()
     chat: Chat = "auto"
     system: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from secura_lightning.data.encode import common
 from secura_lightning.data.rows import Row
 
 T = TypeVar("T")
@@ -219,24 +220,10 @@ def _read(
     return logits, seen
 
 
-def common(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with."""
-    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
-
-
 def context_length(model: PreTrainedModel, reserve: int = 0) -> int | None:
     """The longest prompt that leaves ``reserve`` tokens of the model's context; None where it names no limit."""
     length = getattr(model.config, "max_position_embeddings", None)
     return None if length is None else max(2, length - reserve)
-
-
-def fit(tokenizer: PreTrainedTokenizerBase, ids: list[int], room: int | None) -> list[int]:
-    """``ids`` cut on the left to ``room`` tokens; the beginning-of-sequence token stays in front."""
-    if room is None or len(ids) <= room:
-        return ids
-    if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id:
-        return [ids[0], *ids[len(ids) - room + 1 :]]
-    return ids[len(ids) - room :]
 
 
 def subset(rows: Sequence[Row], limit: int | None) -> list[Row]:

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secura_lightning.data.encode import encode_answers, pad_id, render_prompts
+from secura_lightning.data.encode import common, encode_answers, pad_id, render_prompts
 from secura_lightning.data.prompt import PromptFormat, as_format
 from secura_lightning.data.rows import Row
 from secura_lightning.evaluation.batching import (
     batches,
     call_cost,
-    common,
     context_length,
     evaluating,
     read_prompts,

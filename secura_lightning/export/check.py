@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secura_lightning.data.encode import encode_prompts
+from secura_lightning.data.encode import render_prompts
+from secura_lightning.data.prompt import PromptFormat
 from secura_lightning.errors import SecuraError
-from secura_lightning.evaluation.batching import context_length, evaluating, fit
+from secura_lightning.evaluation.batching import context_length, evaluating
 
 # Prose, figures, code and questions, so that most parts of a model have something to say.
 PROBE_TEXTS = (
@@ -51,7 +52,8 @@ def probe_logits(
         SecuraError: The texts hold no token, or the logits are not finite.
     """
     room = context_length(model)
-    encoded = [fit(tokenizer, ids, room) for ids in encode_prompts(tokenizer, texts) if ids]
+    prompts = render_prompts(tokenizer, texts, PromptFormat(chat=False))
+    encoded = [prompt.cut(room) for prompt in prompts if prompt.ids]
     if not encoded:
         raise SecuraError("--text: the tokenizer makes no token of it, so nothing can be compared")
     found = []

@@ -204,8 +204,7 @@ def _batched_gradients(layer: AdapterLayer, x: Tensor, gradient: Tensor) -> dict
     with no_autocast(x):
         with torch.enable_grad(), layer.at(leaves):
             left, right = layer.factors()
-            scale = layer.row_scale()
-            left = left if scale is None else scale.unsqueeze(-1) * left
+            left = layer.scaled(left, layer.row_scale())
         reached: list[tuple[Tensor, Tensor]] = []
         if left.requires_grad:
             reached.append((left, gradient.mT @ (x @ right.detach().t())))  # [n, out, k]

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from secura_lightning.data.probe import Probe
+from secura_lightning.data.probe import Part, Probe
 from secura_lightning.data.rows import Row
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.evaluate import ProbeScore
 from secura_lightning.metrics.continual import base_retention
 
 T = TypeVar("T")
-
-
-Part = Literal["watched", "held-out"]
 
 
 class ProbePart(Probe):

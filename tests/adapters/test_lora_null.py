@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secura_lightning.adapters import inject
-from secura_lightning.adapters.lora_null import LoRANullConfig, NullLayer, null_basis, null_start
+from secura_lightning.adapters.lora_null import LoRANullConfig, NullLayer, null_bases, null_start
 from secura_lightning.errors import ConfigError
 from tests.adapters.toy import numpy_norm
 
@@ -44,6 +44,10 @@ def learn(layer: NullLayer, x: Tensor, steps: int = 30) -> None:
         optimizer.zero_grad()
         (layer(x) - target).square().mean().backward()
         optimizer.step()
+
+
+def null_basis(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return null_bases(gram, [rank])[0]
 
 
 def test_basis_is_orthonormal_and_least_of_all() -> None:

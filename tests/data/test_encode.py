@@ -10,7 +10,7 @@ from secura_lightning.data.encode import (
     IGNORED,
     Encoded,
     collate,
-    encode_prompt,
+    encode_prompts,
     encode_rows,
     encode_texts,
     pack,
@@ -40,7 +40,7 @@ def test_training_continues_exactly_the_prompt_that_generation_sees(
 ) -> None:
     row = Row("1", prompt.rstrip(), answer)
     encoded = encode_rows(tokenizer, [row], 1000)[0]
-    assert list(encoded.ids[: encoded.n_prompt]) == encode_prompt(tokenizer, row.prompt)
+    assert list(encoded.ids[: encoded.n_prompt]) == encode_prompts(tokenizer, [row.prompt])[0]
     assert encoded.n_trained == sum(label != IGNORED for label in collate([encoded], 0)["labels"][0, 1:].tolist())
     length = len(encoded.ids) - encoded.n_prompt + room
     cut = encode_rows(tokenizer, [row], length)[0]
@@ -88,7 +88,7 @@ def test_rows_together_are_rows_alone_and_every_answer_is_whole_or_refused(
     found = encode_rows(tokenizer, rows, length, separator)
     assert found == [encode_rows(tokenizer, [row], length, separator)[0] for row in rows]
     for row, encoded, answer in zip(rows, found, wanted, strict=True):
-        prompt = encode_prompt(tokenizer, row.prompt)
+        prompt = encode_prompts(tokenizer, [row.prompt])[0]
         assert list(encoded.ids[encoded.n_prompt :]) == answer
         assert len(encoded.ids) <= length
         assert encoded.truncated == len(prompt) - encoded.n_prompt

@@ -4,9 +4,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from secura_lightning.data.encode import Prompt
 from secura_lightning.data.rows import Row
-from secura_lightning.evaluation.batching import batches, evaluating, fit, gather, left_pad, shard, subset
-from tests.evaluation.tiny import byte_tokenizer, tiny_llama
+from secura_lightning.evaluation.batching import batches, evaluating, gather, left_pad, shard, subset
+from tests.evaluation.tiny import tiny_llama
 
 
 @given(st.lists(st.integers(1, 50)), st.integers(1, 8), st.none() | st.integers(1, 100))
@@ -37,12 +38,11 @@ def test_left_pad_aligns_ends_and_counts_positions_from_the_first_token() -> Non
     assert found["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
 
 
-def test_fit_keeps_the_beginning_token_and_the_end() -> None:
-    tokenizer = byte_tokenizer()
-    assert fit(tokenizer, [0, 11, 12, 13], 3) == [0, 12, 13]
-    assert fit(tokenizer, [10, 11, 12, 13], 3) == [11, 12, 13]
-    assert fit(tokenizer, [0, 11], 3) == [0, 11]
-    assert fit(tokenizer, [0, 11, 12, 13], None) == [0, 11, 12, 13]
+def test_a_cut_keeps_the_beginning_token_and_the_end() -> None:
+    assert Prompt([0, 11, 12, 13], head=1).cut(3) == [0, 12, 13]
+    assert Prompt([10, 11, 12, 13]).cut(3) == [11, 12, 13]
+    assert Prompt([0, 11], head=1).cut(3) == [0, 11]
+    assert Prompt([0, 11, 12, 13], head=1).cut(None) == [0, 11, 12, 13]
 
 
 def test_what_is_cached_while_evaluating_can_be_trained_through() -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from secura_lightning.data.encode import encode_answers, encode_prompt
+from secura_lightning.data.encode import encode_answers, encode_prompts
 from secura_lightning.data.rows import Row
 from secura_lightning.evaluation.choices import choice_likelihoods, pick_choices
 from tests.evaluation.tiny import chain_llama
@@ -18,7 +18,7 @@ ROWS = [
 
 def by_hand(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, row: Row, choice: str) -> float:
     """One pair at a time, without padding or cache."""
-    prompt, answer = encode_prompt(tokenizer, row.prompt), encode_answers(tokenizer, [(row.prompt, choice)])[0]
+    prompt, answer = encode_prompts(tokenizer, [row.prompt])[0], encode_answers(tokenizer, [(row.prompt, choice)])[0]
     with torch.no_grad():
         scores = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
     return sum(float(scores[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
@@ -39,7 +39,7 @@ def test_single_token_choices_need_one_forward(model: LlamaForCausalLM, tokenize
     rows = [Row("0", "Which one?", "a", ("a", "b", "c")), Row("1", "And now, which", "c", ("a", "b", "c"))]
     found = choice_likelihoods(model, tokenizer, rows, form="")
     assert len(calls) == 1
-    prompt = torch.tensor([encode_prompt(tokenizer, rows[1].prompt)])
+    prompt = torch.tensor([encode_prompts(tokenizer, [rows[1].prompt])[0]])
     with torch.no_grad():
         scores = model(prompt).logits[0, -1].log_softmax(-1)
     np.testing.assert_allclose(found[1], [float(scores[tokenizer(c)["input_ids"][0]]) for c in "abc"], rtol=1e-5)

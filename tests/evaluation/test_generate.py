@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from secura_lightning.data.encode import encode_prompt
+from secura_lightning.data.encode import encode_prompts
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.batching import lay_together
 from secura_lightning.evaluation.generate import generate
@@ -42,7 +42,7 @@ def test_result_does_not_depend_on_the_batch(
 
 
 def test_equals_greedy_by_hand_without_cache(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = encode_prompt(tokenizer, PROMPTS[2])
+    ids = encode_prompts(tokenizer, [PROMPTS[2]])[0]
     start = len(ids)
     with torch.no_grad():
         for _ in range(8):
