@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secura_lightning.adapters.base import AdapterLayer, require, require_size
+from secura_lightning.adapters.base import AdapterLayer, require_size
+from secura_lightning.adapters.lora import LoRASettings
 from secura_lightning.adapters.numerics import (
     add_product,
     dense_weight,
@@ -32,38 +33,18 @@ from secura_lightning.adapters.numerics import (
     row_blocks,
     row_products,
 )
-from secura_lightning.adapters.overrides import PerTargetConfig
 
 _DEAD_ROW = 1e-3  # of the root mean square row norm: a row of zeros has no direction to divide by
 
 
 @dataclass(kw_only=True)
-class DoRAConfig(PerTargetConfig):
+class DoRAConfig(LoRASettings):
     """DoRA: a trained low-rank change of every row's direction, and a trained magnitude."""
 
-    rank: int = 8
-    """Rank of the change of direction."""
-    alpha: float = 16.0
-    """The change is scaled by alpha / rank."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
-    dropout: float = 0.0
-    """Dropout on the input of the change, in training."""
     detach_norm: bool = True
     """Treat the norm that rows are divided by as a constant in backward (the paper's choice; saves memory)."""
     bias: bool = False
     """Also train a change of each module's bias."""
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: A value is out of range.
-        """
-        super().__post_init__()
-        require(self.rank >= 1, f"model.adapter.rank is {self.rank}: it must be at least 1")
-        require(self.alpha > 0, f"model.adapter.alpha is {self.alpha}: it must be above 0")
-        require(0 <= self.dropout < 1, f"model.adapter.dropout is {self.dropout}: it must be at least 0 and below 1")
 
     def build(self, name: str, base: nn.Module, generator: torch.Generator) -> DoRALayer:
         """Wrap ``base``; see :meth:`AdapterConfig.build`."""
@@ -93,7 +74,8 @@ class DoRALayer(AdapterLayer):
     def __init__(self, base: nn.Module, config: DoRAConfig) -> None:
         super().__init__(base)
         self.out_features, self.in_features = linear_shape(base)
-        self.scale = config.alpha / (config.rank**0.5 if config.rslora else config.rank)
+        self.config = config
+        self.scale = config.scale
         self.dropout = config.dropout
         self.detach_norm = config.detach_norm
         norms = torch.linalg.vector_norm(dense_weight(base), dim=1, dtype=self.work_dtype)
@@ -106,11 +88,8 @@ class DoRALayer(AdapterLayer):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """A uniform in +-1/sqrt(in), B zero, m the norms of W0's rows."""
-        bound = self.in_features**-0.5
-        # Drawn on the CPU, so that a seed gives the same start on every device.
-        start = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype, device="cpu")
-        self.lora_A.copy_(start.uniform_(-bound, bound, generator=generator))
+        """A as ``init`` says, B zero, m the norms of W0's rows."""
+        self.lora_A.copy_(self.config.start(self.lora_A, generator))
         self.lora_B.zero_()
         self.magnitude.copy_(self.base_norm)
 

@@ -1,12 +1,13 @@
 """LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732).
 
 ``W = W0 + (alpha / r) B A`` with A (r, in) uniform as in ``nn.Linear`` and B (out, r) zero; rsLoRA scales by
-``alpha / sqrt(r)``.
+``alpha / sqrt(r)``. DoRA has the same settings and the same start.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 from secura_lightning.adapters.base import require, require_size
 from secura_lightning.adapters.delta import DeltaConfig, DeltaLayer
 from secura_lightning.adapters.numerics import add_product
+from secura_lightning.adapters.overrides import PerTargetConfig
+
+Init = Literal["kaiming", "gaussian", "orthogonal"]
 
 
 @dataclass(kw_only=True)
-class LoRAConfig(DeltaConfig):
-    """LoRA: a trained low-rank change beside every target."""
+class LoRASettings(PerTargetConfig):
+    """What LoRA and DoRA share: the product ``scale * B A`` and how A starts."""
 
     rank: int = 8
     """Rank of the change."""
@@ -27,8 +31,45 @@ class LoRAConfig(DeltaConfig):
     """The change is scaled by alpha / rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    init: Init = "kaiming"
+    """Start of A: `kaiming` (uniform in +-1/sqrt(in)), `gaussian` (deviation 1/rank) or `orthogonal` (orthonormal
+    rows); B starts as zero with each."""
     dropout: float = 0.0
     """Dropout on the input of the change, in training."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        super().__post_init__()
+        require(self.rank >= 1, f"model.adapter.rank is {self.rank}: it must be at least 1")
+        require(self.alpha > 0, f"model.adapter.alpha is {self.alpha}: it must be above 0")
+        inits = get_args(Init)
+        require(self.init in inits, f"model.adapter.init is {self.init!r}: choose one of {', '.join(inits)}")
+        require(0 <= self.dropout < 1, f"model.adapter.dropout is {self.dropout}: it must be at least 0 and below 1")
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def start(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """A's start, in the shape [r, in] and type of ``like``."""
+        # Drawn on the CPU, so that a seed gives the same start on every device.
+        drawn = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+        if self.init == "gaussian":
+            return drawn.normal_(0, 1 / self.rank, generator=generator)
+        if self.init == "orthogonal":
+            return nn.init.orthogonal_(drawn, generator=generator)
+        bound = like.shape[1] ** -0.5
+        return drawn.uniform_(-bound, bound, generator=generator)  # kaiming_uniform with a = sqrt 5
+
+
+@dataclass(kw_only=True)
+class LoRAConfig(DeltaConfig, LoRASettings):
+    """LoRA: a trained low-rank change beside every target."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -37,9 +78,6 @@ class LoRAConfig(DeltaConfig):
             ConfigError: A value is out of range, or a combination is impossible.
         """
         super().__post_init__()
-        require(self.rank >= 1, f"model.adapter.rank is {self.rank}: it must be at least 1")
-        require(self.alpha > 0, f"model.adapter.alpha is {self.alpha}: it must be above 0")
-        require(0 <= self.dropout < 1, f"model.adapter.dropout is {self.dropout}: it must be at least 0 and below 1")
         require(
             self.dropout == 0 or self.norm != "element",
             "model.adapter.dropout cannot go with model.adapter.norm: element, where change and base share a matmul: "
@@ -68,18 +106,16 @@ class LoRALayer(DeltaLayer):
 
     def __init__(self, base: nn.Module, config: LoRAConfig) -> None:
         super().__init__(base, config)
-        self.scale = config.alpha / (config.rank**0.5 if config.rslora else config.rank)
+        self.config = config
+        self.scale = config.scale
         self.dropout = config.dropout
         self.lora_A = nn.Parameter(self.new_zeros(config.rank, self.in_features))
         self.lora_B = nn.Parameter(self.new_zeros(self.out_features, config.rank))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """A uniform in +-1/sqrt(in) (``kaiming_uniform`` with a = sqrt 5), B zero."""
-        bound = self.in_features**-0.5
-        # Drawn on the CPU, so that a seed gives the same start on every device.
-        start = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype, device="cpu")
-        self.lora_A.copy_(start.uniform_(-bound, bound, generator=generator))
+        """A as ``init`` says, B zero."""
+        self.lora_A.copy_(self.config.start(self.lora_A, generator))
         self.lora_B.zero_()
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,13 @@ every_class = pytest.mark.parametrize("cls", all_config_classes(), ids=lambda c:
 
 
 @every_class
+def test_every_setting_is_checked_by_its_type(cls: type[AdapterConfig]) -> None:
+    made = ArgumentParser(exit_on_error=False)
+    made.add_class_arguments(cls, "adapter")
+    assert "Unvalidated" not in made.format_help()
+
+
+@every_class
 def test_yaml_names_the_class_alone(cls: type[AdapterConfig]) -> None:
     entry = {"class_path": cls.__name__, "init_args": {"targets": ["q_proj", "v_proj"], "exclude": r"layers\.0"}}
     made = parser()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secura_lightning.adapters import LoRAConfig, inject
+from secura_lightning.adapters import DoRAConfig, LoRAConfig, inject
 from secura_lightning.adapters.lora import LoRALayer
 from secura_lightning.errors import ConfigError
 
@@ -34,6 +34,22 @@ def test_start_is_kaiming_uniform_and_zero() -> None:
     assert layer.lora_A.abs().max() <= bound
     assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
     assert not layer.lora_B.any()
+
+
+def test_gaussian_start_has_the_deviation_of_one_over_rank() -> None:
+    layer = LoRAConfig(rank=64, init="gaussian").build("x", nn.Linear(400, 300), torch.Generator().manual_seed(0))
+    assert layer.lora_A.std().item() == pytest.approx(1 / 64, rel=0.02)
+    assert layer.lora_A.abs().max() > 3 / 64
+    assert not layer.lora_B.any()
+
+
+@pytest.mark.parametrize("config", [LoRAConfig, DoRAConfig])
+def test_orthogonal_start_has_orthonormal_rows(config: type[LoRAConfig | DoRAConfig]) -> None:
+    base = nn.Linear(40, 30)
+    layer = config(rank=8, init="orthogonal").build("x", base, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer.lora_A @ layer.lora_A.t(), torch.eye(8))
+    x = torch.randn(3, 40)
+    assert torch.equal(layer(x), base(x))
 
 
 def test_start_can_be_taken_again() -> None:
@@ -74,6 +90,7 @@ def test_dropout_acts_on_the_change_alone_and_in_training_alone(norm: str) -> No
         ({"rank": 0}, r"model\.adapter\.rank is 0"),
         ({"rank": 13}, r"model\.adapter\.rank is 13, but q_proj is 12 x 20: use at most 12"),
         ({"alpha": 0}, r"model\.adapter\.alpha is 0"),
+        ({"init": "pissa"}, r"model\.adapter\.init is 'pissa': choose one of kaiming, gaussian, orthogonal"),
         ({"dropout": 1.0}, r"model\.adapter\.dropout is 1\.0"),
         ({"dropout": 0.1, "norm": "element"}, r"model\.adapter\.dropout cannot go with model\.adapter\.norm: element"),
         ({"targets": []}, r"model\.adapter\.targets is empty"),

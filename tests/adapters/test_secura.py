@@ -69,6 +69,14 @@ def test_a_starts_as_the_corner_of_the_weight_and_b_as_zero() -> None:
     assert sum(p.numel() for _, p in layer.adapter_tensors() if p.requires_grad) == 2 * C * A
 
 
+def test_the_authors_svd_expression_is_the_corner_of_the_weight() -> None:
+    layer = layer_of()
+    weight = layer.base.weight
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    expression = left[:C] @ torch.diag(values) @ right[:, :A]
+    torch.testing.assert_close(layer.A.detach(), expression.detach(), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_zero_b_is_the_base_bit_for_bit(norm: str, bias: bool) -> None:
