@@ -16,12 +16,14 @@ from secura_lightning.cli import fit
 from secura_lightning.data.benchmark import BenchmarkTask
 from secura_lightning.errors import ConfigError
 from secura_lightning.metrics.text import METRICS
+from secura_lightning.study.grid import Cell, read_sweep
 
 CONFIGS = [
     path
     for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
     if not path.stem.startswith(("pocket", "quickstart"))
 ]
+STUDIES = Path(__file__).parents[2] / "configs" / "study"
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -39,6 +41,32 @@ def test_every_configuration_is_accepted(config: Path, monkeypatch: pytest.Monke
         assert len(model.spec.revision) == 40
     if config.stem.startswith(("gemma", "llama", "qwen")):
         assert [task.name for task in data.tasks] == ["gsm8k", "cnn_dailymail", "news_de", "logiqa"]
+
+
+def variants(path: Path) -> list[Cell]:
+    """Cells of a sweep file in which every variant of every axis occurs."""
+    sweep = read_sweep(path)
+    seen: set[tuple[str, str]] = set()
+    cells = []
+    for cell in [*sweep.search(), *sweep.cells({})] if sweep.select else sweep.cells():
+        new = {(name, str(cell.values[name])) for name in cell.values if sweep.axes[name].variants} - seen
+        seen |= new
+        if new:
+            cells.append(cell)
+    return cells
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_variant_of_a_study_is_accepted(study: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(Trainer, "fit", lambda self, model, data, **options: started.append(type(model).__name__))
+    cells = variants(study)
+    for cell in cells:
+        path = tmp_path / "cell.yaml"
+        path.write_text(yaml.safe_dump(cell.settings))
+        assert fit.main(["--config", str(path), "--save_dir", str(tmp_path)]) == 0, cell.id
+    assert len(started) == len(cells) >= 3
 
 
 def test_orders_of_the_standard_benchmark_are_the_published_ones() -> None:
