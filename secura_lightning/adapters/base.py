@@ -138,6 +138,9 @@ class AdapterLayer(nn.Module, ABC):
         calibrated: False while the layer still waits for :meth:`calibrate`.
     """
 
+    lasting: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors of the state that neither a step nor a task's end changes: large ones are copied no more than
+    they must."""
     enabled: bool
     calibrated: bool = True
 
@@ -255,7 +258,8 @@ class AdapterLayer(nn.Module, ABC):
     def anchors(self) -> dict[str, Tensor]:
         """Coordinates of the layer's function that a penalty may hold in place, with gradient to the trained tensors.
 
-        No fusion moves them. They are the trained tensors themselves, unless a method fuses those.
+        No fusion moves them. They are the trained tensors themselves, unless a method fuses those. Where the
+        configuration :attr:`accumulates <AdapterConfig.accumulates>`, they mean the same within one task alone.
         """
         return {name: value for name, value in self._parameters.items() if value is not None}
 

@@ -126,6 +126,19 @@ class AdapterSet:
                     state[f"{name}.{tensor}"] = value.detach()
         return state
 
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of what training and a task's end change, to :meth:`restore` within the same task."""
+        kept = {f"{name}.{tensor}" for name, layer in self.layers.items() for tensor in layer.lasting}
+        return {name: value.clone() for name, value in self.state_dict().items() if name not in kept}
+
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Go back to a :meth:`snapshot`.
+
+        Raises:
+            SecuraError: It is none of these adapters.
+        """
+        self.load_state_dict({**self.state_dict(), **snapshot})
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy ``state`` into the adapters, in place. Nothing is changed unless everything fits.
@@ -150,7 +163,8 @@ class AdapterSet:
                 )
         self.resize({key: value.shape for key, value in state.items()})
         for key, value in self.state_dict().items():
-            value.copy_(state[key])
+            if value.data_ptr() != state[key].data_ptr():
+                value.copy_(state[key])
         for layer in self.layers.values():
             layer.refresh()
 

@@ -32,6 +32,7 @@ inputs through, which nobody sees where the basis itself lets a hundredth throug
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 from secura_lightning.adapters.base import AdapterLayer, Fusion, require
 from secura_lightning.adapters.lora_null import LoRANullConfig, LoRANullV2
 from secura_lightning.adapters.numerics import add_product, row_products
-from secura_lightning.errors import ConfigError, SecuraError
+from secura_lightning.errors import SecuraError
 
 MomentType = Literal["float64", "float32"]
 NormOver = Literal["sequence", "task"]
@@ -117,6 +118,8 @@ class NullSequenceLayer(LoRANullV2):
             layers whose input another layer's matrix describes.
     """
 
+    lasting: ClassVar[tuple[str, ...]] = ("gram",)
+
     frozen_left: Tensor
     frozen_right: Tensor
     gram: Tensor
@@ -175,17 +178,26 @@ class NullSequenceLayer(LoRANullV2):
         return Fusion(reset=[self.lora_B], logs={"frozen_truncation": lost})
 
     def anchors(self) -> dict[str, Tensor]:
-        """B, during the first task.
+        """B and F_L: coordinates of one task, since the next one has another basis and a wider F."""
+        return {**super().anchors(), "frozen_left": self.frozen_left}
 
-        Raises:
-            ConfigError: A task has ended, and B is not the coordinate that it was.
-        """
-        if not self.frozen_left.shape[1]:
-            return super().anchors()
-        raise ConfigError(
-            "LoRANullSequenceConfig takes new coordinates for every task, which no penalty or average of coordinates "
-            "(EWC, I-LoRA) can hold on to: use LoRANullConfig, or a strategy without them, such as replay"
-        )
+    @contextmanager
+    def at(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """As if these were the factors; see :meth:`AdapterLayer.at`."""
+        trained = {name: value for name, value in values.items() if name != "frozen_left"}
+        own = self.frozen_left
+        with super().at(trained):
+            self._buffers["frozen_left"] = values.get("frozen_left", own)
+            try:
+                yield
+            finally:
+                self._buffers["frozen_left"] = own
+
+    @torch.no_grad()
+    def set_anchors(self, values: dict[str, Tensor]) -> None:
+        """Move to these factors; see :meth:`AdapterLayer.set_anchors`."""
+        self.frozen_left.copy_(values.get("frozen_left", self.frozen_left))
+        super().set_anchors({name: value for name, value in values.items() if name != "frozen_left"})
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """([F_L, B], [F_R; A])."""

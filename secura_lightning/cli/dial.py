@@ -139,6 +139,11 @@ class ChangePath:
             for layer in adapters.layers.values():
                 layer.set_anchors(layer.untouched())
         else:
+            if adapters.config.accumulates:
+                raise ConfigError(
+                    f"--start: {type(adapters.config).__name__} takes new coordinates for every task, so no straight "
+                    "path leads from one to another: leave --start out, and the path begins at the base"
+                )
             load_weights(adapters, start, weights)
         self.start: dict[str, Tensor] = Memory(adapters).values
         load_weights(adapters, end, weights)  # what no anchor tells stays as it is at the end

@@ -36,7 +36,7 @@ class Strategy(Callback):
     """Whether it acts for other strategies alone, and for nothing without one."""
     skipping: bool = False
     """While true, batches are drawn and steps counted, but nothing is trained."""
-    needs_anchors: bool = False
+    needs_anchors: ClassVar[bool] = False
     """Whether it compares or averages the adapters' coordinates over tasks."""
     needs_logits: ClassVar[bool] = False
     """Whether :meth:`shape_loss` reads ``batch["logits"]``."""

@@ -37,6 +37,7 @@ from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.evaluate import ProbeScore, evaluate_probe
 from secura_lightning.strategies.base import Strategy, strategies_of
 from secura_lightning.strategies.memory import Memory, as_if_ended
+from secura_lightning.strategies.ranks import most
 from secura_lightning.strategies.watch import ProbePart, retention, split_probe
 
 
@@ -85,7 +86,6 @@ class RetentionGuard(Strategy):
         self.watch = watch
         self.bisections = bisections
         self.batch_size = batch_size
-        self.needs_anchors = policy == "dial"
         self.normalise = False  # as the report does
         self.watched: Probe | None = None
         self.held_out: Probe | None = None  # what the report scores
@@ -211,7 +211,7 @@ class RetentionGuard(Strategy):
 
     def _stop(self, pl_module: LightningModule) -> None:
         """Return to the last good state, and stay there to the task's end."""
-        _adapters(pl_module).load_state_dict(self.good)
+        _adapters(pl_module).restore(self.good)
         self.skipping = True
 
     def _dial(self, trainer: Trainer, pl_module: LightningModule) -> tuple[float, float]:
@@ -226,21 +226,22 @@ class RetentionGuard(Strategy):
             value = self._retention(trainer, pl_module)
             low, high, kept = (middle, high, value) if value >= self.floor else (low, middle, kept)
         if low == 0.0:
-            adapters.load_state_dict(self.good)  # under this policy the task's start, exactly
+            adapters.restore(self.good)  # under this policy the task's start, exactly
             return low, self._retention(trainer, pl_module)
         move(adapters, self.start, end.values, low)
         assert kept is not None
         return low, kept
 
     def _keep(self, adapters: AdapterSet, step: int) -> None:
-        self.good = {name: value.clone() for name, value in adapters.state_dict().items()}
+        self.good = adapters.snapshot()
         self.good_step = step
 
     def _retention(self, trainer: Trainer, pl_module: LightningModule) -> float:
         """Retention of what would be kept if the task ended now."""
         assert self.base is not None
         with as_if_ended(_adapters(pl_module)):
-            return retention(self._score(trainer, pl_module), self.base)
+            value = retention(self._score(trainer, pl_module), self.base)
+        return most(value, pl_module.model)  # type: ignore[arg-type]
 
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> ProbeScore:
         assert self.watched is not None

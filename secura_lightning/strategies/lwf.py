@@ -36,7 +36,6 @@ class LwF(Strategy):
 
     order: ClassVar[int] = 30
     needs_logits: ClassVar[bool] = True
-    needs_anchors = True
 
     def __init__(self, alpha: float = 1.0, temperature: float = 2.0, tokens: Tokens = "prompt") -> None:
         for key, value in (("alpha", alpha), ("temperature", temperature)):

@@ -68,12 +68,12 @@ def as_if_ended(adapters: AdapterSet) -> Iterator[None]:
     if all(type(layer).end_task is AdapterLayer.end_task for layer in adapters.layers.values()):
         yield
         return
-    before = {name: value.clone() for name, value in adapters.state_dict().items()}
+    before = adapters.snapshot()
     adapters.end_task()
     try:
         yield
     finally:
-        adapters.load_state_dict(before)
+        adapters.restore(before)
 
 
 @contextmanager

@@ -237,12 +237,42 @@ def test_bad_settings_name_the_key_and_the_fix(settings: dict[str, object], mess
         layer_of(**settings)
 
 
-def test_strategies_that_hold_coordinates_are_refused() -> None:
+def test_change_of_all_tasks_and_of_the_present_one_can_be_scaled() -> None:
     layer = layer_of()
-    assert layer.anchors().keys() == {"lora_B"}
+    learn(layer, FIRST)
     layer.end_task()
-    with pytest.raises(ConfigError, match=r"takes new coordinates for every task.*use LoRANullConfig"):
-        layer.anchors()
+    layer.calibrate(SECOND.t() @ SECOND)
+    learn(layer, SECOND)
+    x, whole = torch.randn(3, IN, dtype=FIRST.dtype), layer.delta_weight()
+    end = {name: value.detach().clone() for name, value in layer.anchors().items()}
+    with layer.at({name: value / 2 for name, value in end.items()}):
+        torch.testing.assert_close(layer.delta_weight(), whole / 2)
+    assert torch.equal(layer.delta_weight(), whole)
+    earlier = whole - layer.lora_B.detach() @ layer.lora_A
+    layer.set_anchors({"lora_B": torch.zeros_like(end["lora_B"]), "frozen_left": end["frozen_left"]})
+    torch.testing.assert_close(layer.delta_weight(), earlier)
+    layer.set_anchors(layer.untouched())
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_snapshot_leaves_the_moments_out_and_restores_the_rest() -> None:
+    model, adapters = pair()
+    layer = adapters.layers["0"]
+    layer.calibrate(BASE.t() @ BASE)
+    learn(layer, FIRST.float(), steps=2)  # type: ignore[arg-type]
+    before = {name: value.clone() for name, value in adapters.state_dict().items()}
+    snapshot = adapters.snapshot()
+    assert before.keys() - snapshot.keys() == {"0.gram"}
+    x = torch.randn(3, IN)
+    y = model(x)
+    moments = layer.gram.data_ptr()
+    adapters.end_task()
+    learn(layer, SECOND.float(), steps=2)  # type: ignore[arg-type]
+    assert not torch.equal(model(x), y)
+    adapters.restore(snapshot)
+    assert torch.equal(model(x), y)
+    assert all(torch.equal(value, before[name]) for name, value in adapters.state_dict().items())
+    assert layer.gram.data_ptr() == moments
 
 
 def test_layers_of_one_input_keep_one_matrix_between_them_and_take_the_same_basis() -> None:

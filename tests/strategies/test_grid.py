@@ -27,7 +27,7 @@ STRATEGY_SETTINGS: dict[str, dict[str, Any]] = {
     "RetentionGuard": {"every_n_steps": 1, "floor": 0.01},
 }
 NEW_COORDINATES = "takes new coordinates for every task"
-REFUSED = {("LoRANullSequenceConfig", name): NEW_COORDINATES for name in ("EWC", "ILoRA", "L2SP", "LwF")}
+REFUSED = {("LoRANullSequenceConfig", name): NEW_COORDINATES for name in ("EWC", "ILoRA", "L2SP")}
 """(adapter, strategy) -> the line that refuses what means nothing together."""
 
 

@@ -12,10 +12,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from secura_lightning.adapters import AdapterConfig, CURLoRAConfig, DoRAConfig, FullConfig, SECURAConfig
+from secura_lightning.adapters import (
+    AdapterConfig,
+    CURLoRAConfig,
+    DoRAConfig,
+    FullConfig,
+    LoRANullSequenceConfig,
+    SECURAConfig,
+)
 from secura_lightning.data.rows import Row
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.evaluate import ProbeScore
+from secura_lightning.modeling.calibrate import SelfCalibration
 from secura_lightning.strategies.base import Strategy
 from secura_lightning.strategies.ewc import EWC
 from secura_lightning.strategies.guard import RetentionGuard, move
@@ -44,6 +52,16 @@ class ByDistance(RetentionGuard):
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> ProbeScore:
         enabled = next(iter(pl_module.adapters.layers.values())).enabled  # type: ignore[union-attr, operator]
         kept = 1 - self.slope * moved(pl_module.state_dict()) if enabled else 1.0
+        return ProbeScore("facts", {"kind": kept}, kept, None, 1, 0, None)
+
+
+class ByChange(ByDistance):
+    """Retention that falls with the change of the weights, whatever the adapter keeps it in."""
+
+    def _score(self, trainer: Trainer, pl_module: LightningModule) -> ProbeScore:
+        layers: list[Any] = list(pl_module.adapters.layers.values())  # type: ignore[union-attr, operator]
+        change = sum(float(layer.delta_weight().norm()) for layer in layers) if layers[0].enabled else 0.0
+        kept = 1 - self.slope * change
         return ProbeScore("facts", {"kind": kept}, kept, None, 1, 0, None)
 
 
@@ -114,6 +132,23 @@ def test_dial_takes_the_largest_scale_that_keeps_the_floor(tmp_path: Path) -> No
     for name, value in held.tasks[0].items():
         if name.endswith("lora_B"):  # which starts at zero
             torch.testing.assert_close(value, first["scale"] * free.steps[3][name], rtol=1e-4, atol=1e-7)
+
+
+def test_dial_scales_a_task_of_a_null_sequence_alone(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "adapter": LoRANullSequenceConfig(rank=4, norm="row", norm_over="task", targets=["q_proj", "down_proj"]),
+        "model": {"calibration": SelfCalibration(samples=4, max_length=12, cache=None)},
+    }
+    free, _ = run(tmp_path, None, **settings)
+    guard = ByChange(0.9, "dial", every_n_steps=1, bisections=8)
+    guard.slope = 0.1 / (0.3 * moved(free.steps[3]))
+    held, _ = run(tmp_path, guard, **settings)
+    assert 0 < guard.rows[0]["scale"] < 1
+    assert all(row["retention"] >= 0.9 for row in guard.rows)
+    for name, value in held.tasks[0].items():
+        if name.endswith("frozen_left"):  # to which B was moved as the task ended, its rows limited by the norm
+            kept = float(value.norm() / free.tasks[0][name].norm())
+            assert kept == pytest.approx(guard.rows[0]["scale"], rel=0.05)
 
 
 def test_later_strategies_see_the_dialled_state(tmp_path: Path) -> None:
