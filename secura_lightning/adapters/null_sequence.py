@@ -2,7 +2,7 @@
 
 ::
 
-    G_0 = G(calibration) / trace                       G_t = G_(t-1) + G(inputs of task t) / trace
+    G_0 = w G(calibration) / trace                     G_t = G_(t-1) + G(inputs of task t) / trace
     W   = W0 + norm(sum_(k<t) B_k A_k + B_t A_t)       A_t the null start of G_(t-1), frozen; B_t trained from zero
 
 A null basis from calibration text alone protects that text, not the first task from the second. Here every finished
@@ -62,6 +62,9 @@ class LoRANullSequenceConfig(LoRANullConfig):
     moments: MomentType = "float64"
     """Type in which second moments are kept between tasks and in checkpoints: `float64`, or `float32` in half the
     space."""
+    base_weight: float = 1.0
+    """Weight w of the calibration text beside each finished task: above 1, what the base knows is kept before what the
+    tasks taught."""
     norm_over: NormOver = "sequence"
     """What S-MagNorm bounds: the change of the whole `sequence`, or each `task`'s own, with `norm: row`, which leaves
     finished tasks exactly as protected as without a norm."""
@@ -92,6 +95,7 @@ class LoRANullSequenceConfig(LoRANullConfig):
             self.frozen_rank is None or self.frozen_rank >= 1,
             f"model.adapter.frozen_rank is {self.frozen_rank}: it must be at least 1, or null for an exact sum",
         )
+        require(self.base_weight > 0, f"model.adapter.base_weight is {self.base_weight}: it must be above 0")
         types = get_args(MomentType)
         require(self.moments in types, f"model.adapter.moments is {self.moments!r}: choose one of {', '.join(types)}")
 
@@ -128,6 +132,7 @@ class NullSequenceLayer(LoRANullV2):
         super().__init__(base, config)
         self.frozen_rank = config.frozen_rank
         self.norm_over = config.norm_over
+        self.base_weight = config.base_weight
         self.register_buffer("frozen_left", self.new_zeros(self.out_features, 0))
         self.register_buffer("frozen_right", self.new_zeros(0, self.in_features))
         # No buffer: those follow the model to its device and into its type.
@@ -142,13 +147,17 @@ class NullSequenceLayer(LoRANullV2):
     def calibrate(self, gram: Tensor, others: Sequence[AdapterLayer] = ()) -> None:
         """Add these second moments [in, in], divided by their trace, and start anew in what all of them leave empty.
 
+        The first ones are those of the calibration text, and weigh ``base_weight``.
+
         Raises:
             SecuraError: The sum so far is kept by a layer that no longer reads this layer's input.
         """
         total = gram / gram.trace().clamp_min(torch.finfo(gram.dtype).tiny)
-        if self.gram.numel():
+        if not self.calibrated:
+            total *= self.base_weight
+        elif self.gram.numel():
             total += unpack(self.gram.to(total), self.in_features)
-        elif self.calibrated:
+        else:
             raise SecuraError(
                 "the finished tasks' moments of an input are kept by another module, which read the same input when "
                 "they were measured and no longer does: the model's code has changed, so begin the sequence again"

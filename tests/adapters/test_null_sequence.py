@@ -229,12 +229,22 @@ def test_state_of_another_shape_is_still_refused_and_changes_nothing() -> None:
     [
         ({"version": "v1"}, r"model\.adapter\.version: v1 trains A out of the null space.*set version: v2"),
         ({"moments": "float16"}, r"model\.adapter\.moments is 'float16': choose one of float64, float32"),
+        ({"base_weight": 0.0}, r"model\.adapter\.base_weight is 0\.0: it must be above 0"),
         ({"frozen_rank": 0}, r"model\.adapter\.frozen_rank is 0: it must be at least 1"),
     ],
 )
 def test_bad_settings_name_the_key_and_the_fix(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         layer_of(**settings)
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0, 8.0])
+def test_calibration_text_weighs_what_the_setting_says(weight: float) -> None:
+    layer = layer_of(base_weight=weight)
+    layer.calibrate(SECOND.t() @ SECOND)
+    grams = [rows.t() @ rows for rows in (BASE, SECOND)]
+    first, second = (gram / gram.trace() for gram in grams)
+    torch.testing.assert_close(unpack(layer.gram, IN), weight * first + second)
 
 
 def test_change_of_all_tasks_and_of_the_present_one_can_be_scaled() -> None:
