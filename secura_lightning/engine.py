@@ -9,20 +9,17 @@ and a checkpoint holds the adapters whole, written by the first process. It resu
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-
-from secura_lightning.errors import ConfigError
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -106,20 +103,6 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the file on every process."""
         return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
-
-
-def refuse_strategies(strategies: Sequence[Callback]) -> None:
-    """Refuse strategies against forgetting beside a sharded base.
-
-    Raises:
-        ConfigError: There is one. Their forward passes differ in number from rank to rank, and a sharded forward needs
-            all ranks at once.
-    """
-    if strategies:
-        raise ConfigError(
-            f"trainer.callbacks: {type(strategies[0]).__name__} does not run on a sharded base; "
-            "use trainer.strategy: ddp"
-        )
 
 
 @torch.no_grad()

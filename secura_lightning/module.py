@@ -20,9 +20,10 @@ from secura_lightning import rng
 from secura_lightning._version import __version__
 from secura_lightning.adapters import AdapterConfig, AdapterSet, Fusion, SECURAConfig, describe_adapter, inject
 from secura_lightning.callbacks.tasks import TaskEnd, TaskStart
+from secura_lightning.callbacks.tensorboard import log_scalars
 from secura_lightning.data.encode import pad_id
 from secura_lightning.data.sequence import SequenceDataModule
-from secura_lightning.engine import ShardedStrategy, refuse_strategies
+from secura_lightning.engine import ShardedStrategy
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.export.saved import start_from
 from secura_lightning.modeling.calibrate import Calibration, SelfCalibration, TaskCalibration, accumulate, calibrate
@@ -47,6 +48,7 @@ from secura_lightning.resumed import first_difference
 from secura_lightning.schedule import Schedule
 from secura_lightning.strategies.base import check_adapter, check_resumed, complete, describe, strategies_of
 from secura_lightning.strategies.joint import join
+from secura_lightning.strategies.ranks import most
 
 
 class ContinualModule(LightningModule):
@@ -152,7 +154,6 @@ class ContinualModule(LightningModule):
         if self._trainer is not None:
             self.spec = stored_in(self.spec, self._trainer.precision)
         if isinstance(engine, ShardedStrategy):
-            refuse_strategies(strategies_of(self.trainer))
             if self.liger:
                 raise ConfigError("model.liger: not with a sharded base; set model.liger: false")
             self.model, self.adapters, self.base_fingerprint = load_sharded(
@@ -219,6 +220,8 @@ class ContinualModule(LightningModule):
         found = [strategy.rows_beside(self.trainer, self, batch, batch_idx) for strategy in strategies]
         beside = next((rows for rows in found if rows is not None), None)  # one strategy replays at most
         joint = None if beside is None else join(batch, beside, pad_id(self.tokenizer))
+        if beside is not None and most(joint is None, self.model):  # apart on one rank: apart on all
+            joint = None
         sizes = [len(rows["input_ids"]) for rows in ((batch, beside) if beside and joint else (batch,))]
         with ExitStack() as stack:
             for strategy in strategies:
@@ -280,9 +283,11 @@ class ContinualModule(LightningModule):
             self._torch_optimizer().state.clear()
 
     def on_step_end(self) -> None:
-        """Log the learning rate and let the adapters act, after every whole optimizer step."""
+        """Log the task and the learning rate and let the adapters act, after every whole optimizer step."""
+        step = self.trainer.global_step
+        self.log("train/task", float(self._data.plan.locate_step(step - 1)[0] + 1), batch_size=1)
         self.log("train/lr", self._torch_optimizer().param_groups[0]["lr"], batch_size=1)
-        self._settle(self.adapters.after_step(self.trainer.global_step))
+        self._settle(self.adapters.after_step(step))
 
     def on_task_end(self, index: int) -> None:
         """Let the adapters fuse what the task taught them, and make room for the next one."""
@@ -295,8 +300,9 @@ class ContinualModule(LightningModule):
         state = self._torch_optimizer().state
         for parameter in fusion.reset:
             state.pop(parameter, None)
-        for name, value in fusion.logs.items():
-            self.log(f"adapter/{name}", value, batch_size=1)
+        # Not self.log, which repeats a value at every step that follows it.
+        found = {f"telemetry/{name}": float(value) for name, value in fusion.logs.items()}
+        log_scalars(self.trainer.loggers, found, self.global_step)
 
     def _torch_optimizer(self) -> Optimizer:
         return self.optimizers(use_pl_optimizer=False)  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-from secura_lightning.callbacks import report, tensorboard
+from secura_lightning.callbacks import hparams, report, tensorboard
 from secura_lightning.data.task import Split, Task
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.evaluate import ProbeScore, TaskScore, evaluate_probe, evaluate_task
@@ -108,9 +108,12 @@ class ForgettingMonitor(Callback):
         """Measure the untouched base, unless a checkpoint brought that row."""
         if trainer.is_global_zero:
             probe = _probe(trainer)
-            kinds = sorted({row.kind for row in probe.rows()}) if probe else []
-            guarded = any("guard" in strategy.outcome() for strategy in strategies_of(trainer))
-            tensorboard.add_layout(trainer.loggers, _names(trainer), kinds, guarded)
+            strategies = strategies_of(trainer)
+            asks, reads = (bool(probe and probe.rows()), bool(probe and probe.texts()))
+            guarded = any("guard" in strategy.outcome() for strategy in strategies)
+            tensorboard.add_layout(trainer.loggers, asks, reads, guarded)
+            group = trainer.optimizers[0].param_groups[0]
+            hparams.begin(trainer.loggers, hparams.columns_of(self._meta(trainer, pl_module), group, strategies))
         if not self.rows:
             self._measure(trainer, pl_module, after=0)
 
@@ -131,16 +134,18 @@ class ForgettingMonitor(Callback):
         self._log_scores(trainer, scores, base)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table and fill HPARAMS."""
-        content = self._write(trainer, pl_module)
+        """Print the table and where everything lies, and tell the loggers what ran."""
+        content, folder = self._write(trainer, pl_module), trainer.log_dir  # collective calls
         if not trainer.is_global_zero:
             return
-        metrics = {name: value for name, value in content["metrics"].items() if value is not None}
         params = {**content["meta"], "tasks": content["tasks"]}
         for passing in ("wall_time", "versions", "git_commit"):
             params.pop(passing)
-        tensorboard.log_hyperparameters(trainer.loggers, params, metrics, trainer.global_step)
-        print(f"\n{report.table(content)}\n")
+        for logger in trainer.loggers:
+            logger.log_hyperparams(params)
+        hparams.end(trainer.loggers)
+        where = "" if folder is None else f"\nwrote {folder}\n"
+        print(f"\n{report.table(content)}\n{where}")
 
     # --------------------------------------------------------------- measuring
 
@@ -162,7 +167,8 @@ class ForgettingMonitor(Callback):
         names, step = _names(trainer), trainer.global_step
         metrics = report.metrics_of(self.rows, len(names))
         tensorboard.log_scalars(trainer.loggers, {f"continual/{key}": value for key, value in metrics.items()}, step)
-        tensorboard.add_matrix(trainer.loggers, "matrix", report.matrix_of(self.rows, len(names)), names, step)
+        matrix, column = report.matrix_of(self.rows, len(names)), report.base_column(self.rows, len(names))
+        tensorboard.add_matrix(trainer.loggers, "matrix", matrix, names, step, column)
         for score in scores:
             tensorboard.add_samples(trainer.loggers, f"samples/{score.task}", score.rows[: self.samples], step)
 

@@ -38,6 +38,15 @@ def matrix_of(rows: Sequence[Measurement], n_tasks: int) -> NDArray[np.float64]:
     return matrix
 
 
+def base_column(rows: Sequence[Measurement], n_tasks: int) -> NDArray[np.float64] | None:
+    """Accuracy on base knowledge ``[T+1]``, NaN where not measured (yet); None without questions on it."""
+    column = np.full(n_tasks + 1, np.nan)
+    for row in rows:
+        if row["base"] and row["base"]["accuracy"] is not None:
+            column[row["after"]] = row["base"]["accuracy"]
+    return None if np.isnan(column).all() else column
+
+
 def base_of(score: ProbeScore) -> dict[str, Any]:
     """What a measurement keeps of a probe's score."""
     kept = ("probe", "kinds", "accuracy", "perplexity", "chance", "n", "tokens")

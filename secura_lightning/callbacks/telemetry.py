@@ -5,7 +5,7 @@
     telemetry/null_leakage                            LoRA-Null: share of the calibration inputs that A lets through
     telemetry/slow_fast_distance                      I-LoRA: ||working - long-term|| / ||working||
 
-every so many steps, and at each task's end under ``task_end/``, with the task's number as the step. What a strategy's
+every so many steps, and at each task's end: there of what the task left, after a fusion and its like. What a strategy's
 loss is made of (``ewc/share``, ``train/replay_loss``) it logs itself.
 """
 
@@ -42,17 +42,18 @@ class Telemetry(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure every so many whole optimizer steps."""
-        if self.every_n_steps is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        """Measure every so many whole optimizer steps. A task's last step is measured when the task has ended."""
+        plan: Any = trainer.datamodule.plan  # type: ignore[attr-defined]
+        if self.every_n_steps is None or (batch_idx + 1) % plan.accumulate or plan.ends_task(batch_idx):
             return
         if trainer.global_step % self.every_n_steps == 0:
-            self._log(trainer, pl_module, "telemetry", trainer.global_step)
+            self._log(trainer, pl_module)
 
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, index: int, task: Task) -> None:
         """Measure what the task left."""
-        self._log(trainer, pl_module, "task_end", index + 1)
+        self._log(trainer, pl_module)
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, prefix: str, step: int) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         adapters: AdapterSet = pl_module.adapters  # type: ignore[assignment]
         values = measure(adapters)  # on every process: reading a sharded base weight needs them all
         if not trainer.is_global_zero:
@@ -61,9 +62,8 @@ class Telemetry(Callback):
             values |= strategy.telemetry()
         names = list(values)
         numbers = torch.stack([values[name].float() for name in names]).tolist()  # the one wait for the device
-        tensorboard.log_scalars(
-            trainer.loggers, {f"{prefix}/{name}": number for name, number in zip(names, numbers, strict=True)}, step
-        )
+        scalars = {f"telemetry/{name}": number for name, number in zip(names, numbers, strict=True)}
+        tensorboard.log_scalars(trainer.loggers, scalars, trainer.global_step)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a continual run shows in TensorBoard beyond scalars: curves on one chart, the matrix, samples, HPARAMS.
+"""What a continual run shows in TensorBoard: curves and what they mean, several on one chart, the matrix, samples.
 
 Scalars go to every logger. Everything else is TensorBoard's own and is skipped for other loggers.
 """
@@ -6,15 +6,40 @@ Scalars go to every logger. Everything else is TensorBoard's own and is skipped 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
+from secura_lightning.callbacks.curves import describe
 from secura_lightning.evaluation.evaluate import RowResult
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard's logger, which says beside each chart what it shows, and leaves out Lightning's ``epoch``: the whole
+    sequence is one epoch.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._described: set[str] = set()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log scalars; the first value of each brings its description."""
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+        kept = {name: value for name, value in metrics.items() if name != "epoch"}
+        fresh = [name for name in kept if name not in self._described]
+        for name in fresh:
+            metadata = SummaryMetadata(summary_description=describe(name))
+            value = Summary.Value(tag=name, simple_value=float(kept.pop(name)), metadata=metadata)
+            self.experiment._get_file_writer().add_summary(Summary(value=[value]), step)
+        self._described.update(fresh)
+        super().log_metrics(kept, step)
 
 
 def log_scalars(loggers: Iterable[Logger], scalars: dict[str, float | None], step: int) -> None:
@@ -25,57 +50,92 @@ def log_scalars(loggers: Iterable[Logger], scalars: dict[str, float | None], ste
             logger.log_metrics(defined, step=step)
 
 
-def add_layout(loggers: Iterable[Logger], tasks: Sequence[str], kinds: Sequence[str], guarded: bool = False) -> None:
-    """Declare the custom-scalar charts: all tasks' curves on one, all kinds of base knowledge on another; where a guard
-    keeps a promise, retention with its floor on a third."""
-    charts = {"tasks": _multiline(f"task/{name}" for name in tasks)}
+def add_layout(loggers: Iterable[Logger], questions: bool, texts: bool, guarded: bool = False) -> None:
+    """Declare the charts of the Custom Scalars tab: what one run's curves say together, and runs against each other.
+
+    Args:
+        loggers: The run's loggers.
+        questions: Whether the run has a probe that asks questions.
+        texts: Whether the run has a probe with texts.
+        guarded: Whether a guard keeps a promise.
+    """
+    # Patterns, not the names of this run: TensorBoard draws equal charts of several runs once, unequal ones twice.
+    one = {"score on every task": ["task/.+"]}
+    several = {
+        "average performance (AP)": ["continual/AP"],
+        "learning accuracy": ["continual/learning_accuracy"],
+        "forgetting": ["continual/forgetting"],
+    }
+    if questions:
+        one["base knowledge, by kind"] = ["base/(?!perplexity$).+"]
+        several["base retention"] = ["continual/base_retention"]
+    if texts:
+        several["base perplexity"] = ["base/perplexity"]
+    one["change of the weights, |dW| / |W0|, over the modules"] = ["telemetry/relative_change/.+"]
+    one["loss"] = ["train/(replay_)?loss"]
     if guarded:
-        charts["retention guard"] = _multiline(["guard/retention", "guard/floor", "guard/scale"])
-    if kinds:
-        charts["base knowledge"] = _multiline(f"base/{kind}" for kind in [*kinds, "accuracy"])
-        charts["base perplexity"] = _multiline(["base/perplexity"])
-    for writer in _writers(loggers):
-        writer.add_custom_scalars({"forgetting": charts})
-
-
-def _multiline(tags: Iterable[str]) -> list[Any]:
-    # TensorBoard reads each tag as a regular expression.
-    return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
+        one["retention guard"] = ["guard/(retention|floor|scale)"]
+    layout = {
+        title: {chart: ["Multiline", [f"^{tag}$" for tag in tags]] for chart, tags in charts.items()}
+        for title, charts in (("One run (tick a single one on the left)", one), ("Runs against each other", several))
+    }
+    for writer in writers(loggers):
+        writer.add_custom_scalars(layout)
 
 
 def add_matrix(
-    loggers: Iterable[Logger], tag: str, matrix: NDArray[np.float64], tasks: Sequence[str], step: int
+    loggers: Iterable[Logger],
+    tag: str,
+    matrix: NDArray[np.float64],
+    tasks: Sequence[str],
+    step: int,
+    base: NDArray[np.float64] | None = None,
 ) -> None:
-    """Draw the accuracy matrix ``[T+1, T]`` as an annotated heat map."""
-    writers = list(_writers(loggers))
-    if not writers:
+    """Draw the accuracy matrix ``[T+1, T]``, and accuracy on base knowledge ``[T+1]`` beside it, as a heat map."""
+    found = list(writers(loggers))
+    if not found:
         return
-    image = draw_matrix(matrix, tasks)
-    for writer in writers:
+    image = draw_matrix(matrix, tasks, base)
+    for writer in found:
         writer.add_image(tag, image, step, dataformats="HWC")
 
 
-def draw_matrix(matrix: NDArray[np.float64], tasks: Sequence[str]) -> NDArray[np.uint8]:
-    """The heat map as pixels ``[h, w, 3]``; missing cells stay blank."""
+def draw_matrix(
+    matrix: NDArray[np.float64], tasks: Sequence[str], base: NDArray[np.float64] | None = None
+) -> NDArray[np.uint8]:
+    """The heat map as pixels ``[h, w, 3]``; missing cells stay blank.
+
+    The Images tab shows it 350 pixels wide: the letters are large for the figure, so that they can be read there.
+    """
     # Imported here: it takes a second. Figure and canvas directly: pyplot keeps global state and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows, columns = matrix.shape
-    figure = Figure(figsize=(2.2 + 0.9 * columns, 1.4 + 0.5 * rows), dpi=110, layout="constrained")
+    beside = 0 if base is None else 1
+    figure = Figure(figsize=(2.4 + 0.8 * (columns + beside), 1.6 + 0.55 * rows), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.imshow(np.ma.masked_invalid(matrix), cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto")
-    axes.set_xticks(range(columns), tasks, rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(rows), ["base", *(f"after {name}" for name in tasks)])
-    axes.set_xlabel("score on")
-    for (t, i), value in np.ndenumerate(matrix):
-        if not np.isnan(value):
-            learned = "bold" if t == i + 1 else "normal"  # the diagonal: right after learning
-            ink = "black" if value > 0.6 else "white"
-            axes.text(i, t, f"{value:.2f}", ha="center", va="center", color=ink, weight=learned)
+    widths = [columns, 1] if beside else [1]
+    grid = figure.subplots(1, 1 + beside, squeeze=False, gridspec_kw={"width_ratios": widths})[0]
+    _draw_cells(grid[0], matrix, tasks, learned=True)
+    grid[0].set_yticks(range(rows), ["(base)", *(f"after {name}" for name in tasks)], fontsize=14)
+    if base is not None:
+        _draw_cells(grid[1], base[:, None], ["base"])
+        grid[1].set_yticks([])
+    grid[0].set_xlabel("score on", fontsize=14)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _draw_cells(axes: Any, values: NDArray[np.float64], names: Sequence[str], learned: bool = False) -> None:
+    """Colours and figures; with ``learned``, those of the diagonal, right after learning, in bold."""
+    axes.imshow(np.ma.masked_invalid(values), cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor", fontsize=14)
+    for (t, i), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            ink = "black" if value > 0.6 else "white"
+            weight = "bold" if learned and t == i + 1 else "normal"
+            axes.text(i, t, f"{value:.2f}", ha="center", va="center", color=ink, weight=weight, fontsize=15)
 
 
 def add_samples(loggers: Iterable[Logger], tag: str, rows: Sequence[RowResult], step: int) -> None:
@@ -85,8 +145,17 @@ def add_samples(loggers: Iterable[Logger], tag: str, rows: Sequence[RowResult], 
     text = "\n\n---\n\n".join(
         "\n\n".join(f"**{label}**\n\n{_block(content)}" for label, content in _labelled(row)) for row in rows
     )
-    for writer in _writers(loggers):
-        writer.add_text(tag, text, step)
+    for writer in writers(loggers):
+        summary = _text(tag, text)
+        writer._get_file_writer().add_summary(summary, step)
+
+
+def _text(tag: str, text: str) -> Any:
+    from torch.utils.tensorboard.summary import text as text_summary
+
+    summary = text_summary(tag, text)
+    summary.value[0].tag = tag  # without the "/text_summary" that torch adds
+    return summary
 
 
 def _labelled(row: RowResult) -> list[tuple[str, str]]:
@@ -102,17 +171,6 @@ def _block(text: str) -> str:
     return "\n".join(f"    {line}" for line in (text or " ").splitlines())
 
 
-def log_hyperparameters(
-    loggers: Iterable[Logger], params: dict[str, Any], metrics: dict[str, float], step: int
-) -> None:
-    """Fill TensorBoard's HPARAMS tab: the run's settings with its final metrics; other loggers get the settings."""
-    for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            # Settings and metrics in one call: the tab knows only metrics that are named together with the settings.
-            logger.log_hyperparams(params, {f"final/{name}": value for name, value in metrics.items()}, step=step)
-        else:
-            logger.log_hyperparams(params)
-
-
-def _writers(loggers: Iterable[Logger]) -> Iterable[Any]:
+def writers(loggers: Iterable[Logger]) -> Iterable[Any]:
+    """The writers of the TensorBoard loggers among ``loggers``."""
     return (logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger))

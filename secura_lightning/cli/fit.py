@@ -10,7 +10,6 @@ import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import secura_lightning.data.tasks
@@ -20,6 +19,7 @@ from secura_lightning.callbacks.failures import FailureGuard, is_lost_rank, is_o
 from secura_lightning.callbacks.forgetting import ForgettingMonitor
 from secura_lightning.callbacks.progress import SequenceProgressBar
 from secura_lightning.callbacks.telemetry import Telemetry
+from secura_lightning.callbacks.tensorboard import RunLogger
 from secura_lightning.callbacks.throughput import Throughput
 from secura_lightning.cli.checkpoints import find_checkpoint, read_checkpoint
 from secura_lightning.cli.parsing import OneLineParser
@@ -83,16 +83,14 @@ class FitCLI(LightningCLI):
         """The folder that holds every version of this run."""
         return Path(self.config.save_dir) / run_name(self.config)
 
-    def _logger(self) -> TensorBoardLogger:
+    def _logger(self) -> RunLogger:
         version, step = None, None
         if self.resume_from is not None:
             folder = self.resume_from.resolve().parent.parent
             if folder.parent == self.run_root.resolve():
                 version = folder.name
                 step = read_checkpoint(self.resume_from)["global_step"] + 1
-        return TensorBoardLogger(
-            self.config.save_dir, run_name(self.config), version, default_hp_metric=False, purge_step=step
-        )
+        return RunLogger(self.config.save_dir, run_name(self.config), version, default_hp_metric=False, purge_step=step)
 
 
 def check_trainer(config: Any) -> None:
@@ -136,18 +134,34 @@ def _seed(value: bool | int) -> int:
 
 
 def quiet() -> None:
-    """Drop the start-up advertisements of the stack, and nothing else."""
+    """Drop the stack's advertisements and its word on epochs, of which a sequence is one; show this package's own
+    warnings as one line, without the place in its source."""
     import logging
+
+    dropped = ("litlogger", "litmodels", "`Trainer.fit` stopped: `max_epochs=1` reached.")
 
     class NoTips(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
-            return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+            return not any(part in record.getMessage() for part in dropped)
 
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(NoTips())
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # lightning 2.6 on torch 2.13
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*number of training batches.*logging interval.*")
+    warnings.formatwarning = _format_warning
+
+
+_PACKAGE = Path(__file__).parents[1]
+_format_other_warning = warnings.formatwarning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if Path(filename).is_relative_to(_PACKAGE):
+        return f"warning: {message}\n"
+    return _format_other_warning(message, category, filename, lineno, line)
 
 
 def main(args: list[str]) -> int:

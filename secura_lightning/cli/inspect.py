@@ -111,7 +111,9 @@ def _format(tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
 def _overlap(counts: RowCounts) -> Iterator[str]:
     shared = f"{counts.shared_rows} of {counts.test} test rows are training rows, answer included"
     if counts.shared_loosely or counts.shared_prompts:
-        shared += f"; {counts.shared_prompts} share the prompt, {counts.shared_loosely} but for case and white space"
+        shared += (
+            f"; {counts.shared_prompts} share a prompt, {counts.shared_loosely} where case and white space do not count"
+        )
     yield f"overlap     {shared}"
     if counts.repeated:
         yield f"repeated    {counts.repeated} of {counts.rows} training rows occur before in the same words"
@@ -153,7 +155,7 @@ def _how(data: SequenceDataModule) -> str:
 def _bars(found: Histogram) -> Iterator[str]:
     width = len(str(found.edges[-1]))
     for low, beyond, n in zip(found.edges, found.edges[1:], found.counts, strict=False):
-        yield f"{'':<12}{low:>{width}} to {beyond - 1:>{width}} {n:>7} {_bar(n, max(found.counts))}"
+        yield f"{'':<12}{low:>{width}} to {beyond - 1:>{width}} {n:>7} {_bar(n, max(found.counts))}".rstrip()
 
 
 def _answers(tokenizer: PreTrainedTokenizerBase, task: Task) -> Iterator[str]:

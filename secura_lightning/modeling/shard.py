@@ -21,8 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secura_lightning.adapters import AdapterConfig, AdapterLayer, AdapterSet, FullConfig
@@ -120,7 +119,7 @@ def check_shardable(spec: BaseSpec, config: AdapterConfig) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model's weights are spread over processes, so that its forward is a collective call."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return isinstance(model, FSDPModule)
 
 
 class _Loader:

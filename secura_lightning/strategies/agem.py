@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secura_lightning.errors import ConfigError
-from secura_lightning.strategies.ranks import total
+from secura_lightning.strategies.ranks import passes, total
 from secura_lightning.strategies.replay import Drawing
 
 
@@ -60,14 +60,16 @@ class AGEM(Drawing):
             return None
         trained = total(trainer, [float(sum(row.n_trained for row in rows))], pl_module.device).clamp_min(1)
         gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        for start in range(0, len(rows), data.batch_size):
-            part = rows[start : start + data.batch_size]
-            self.count(part)
+        parts = [rows[start : start + data.batch_size] for start in range(0, len(rows), data.batch_size)]
+        for part, counts in passes(parts, [self.stand_in()], pl_module.model):  # type: ignore[arg-type]
             batch = self.collate(part, pl_module.device)
             with torch.enable_grad(), trainer.precision_plugin.train_step_context():
                 loss = pl_module.answer_loss(batch) / trained.to(torch.float32).squeeze()  # type: ignore[operator]
             # grad and not backward: DDP, which waits for .grad, hears nothing of this.
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            if not counts:
+                continue
+            self.count(part)
             pairs = [(own, new) for own, new in zip(gradients, found, strict=True) if new is not None]
             torch._foreach_add_([own for own, _ in pairs], [new for _, new in pairs])
         if trainer.world_size > 1:

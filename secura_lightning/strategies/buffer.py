@@ -94,7 +94,7 @@ class Sample(Encoded):
 
 
 Annotate = Callable[[list[Encoded]], list[tuple[Tensor, Tensor]]]
-"""Top-k logits [n, k] and their token ids [n, k] of each row's answer."""
+"""Top-k logits [n, k] and their token ids [n, k] of each row's answer. Called after every step, also without rows."""
 
 
 class ReplayBuffer(Strategy):
@@ -286,8 +286,6 @@ class ReplayBuffer(Strategy):
     def _settle(self, entered: list[Held]) -> None:
         """Store the rows that entered and were not replaced within the same window."""
         kept = [held for held in entered if held.key in self._keys]
-        if not kept:
-            return
         answers = self.annotate([Encoded(held.handle.numpy(), held.n_prompt) for held in kept]) if self.annotate else []
         for i, held in enumerate(kept):
             words = [held.handle]

@@ -20,6 +20,7 @@ from secura_lightning.data.encode import IGNORED, Encoded, collate
 from secura_lightning.errors import ConfigError
 from secura_lightning.modeling.loss import summed_cross_entropy
 from secura_lightning.strategies.memory import answering
+from secura_lightning.strategies.ranks import passes
 from secura_lightning.strategies.replay import Replay, Replayed
 
 
@@ -69,12 +70,18 @@ class DERPP(Replay):
         found: list[tuple[Tensor, Tensor]] = []
         model: Any = pl_module.model
         size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        spare: list[Encoded] = [self.stand_in()]
+        turns = passes(parts, spare, model)
+        if not turns:
+            return found
         with answering(model), trainer.precision_plugin.forward_context():
-            for start in range(0, len(rows), size):
-                part = rows[start : start + size]
+            for part, counts in turns:
                 batch = {name: value.to(pl_module.device) for name, value in collate(part, self._pad).items()}
                 logits = _answer_logits(pl_module.logits(batch), batch["labels"])  # type: ignore[operator]
                 values, tokens = logits.float().topk(min(self.top_k, logits.shape[-1]), dim=-1)
+                if not counts:
+                    continue
                 sizes = [row.n_trained for row in part]
                 found += zip(values.cpu().split(sizes), tokens.cpu().split(sizes), strict=True)
         return found

@@ -37,6 +37,7 @@ from secura_lightning.data.encode import Encoded, collate
 from secura_lightning.errors import SecuraError
 from secura_lightning.evaluation.batching import batches, evaluating, shard
 from secura_lightning.modeling.loss import summed_cross_entropy
+from secura_lightning.strategies.ranks import passes
 
 Use = tuple[str, Tensor, Tensor]
 """One call of a layer: its name, input [n, t, ...] and output gradient [n, t, ...]."""
@@ -68,11 +69,12 @@ def empirical_fisher(
     squares = SquaredGradients(adapters)
     mine = shard(rows)
     with evaluating(model) as device, torch.enable_grad():
-        for members in batches([len(row.ids) for row in mine], batch_size):
-            batch = {name: value.to(device) for name, value in collate([mine[i] for i in members], pad).items()}
-            squares.add(partial(_loss, model, batch), len(members))
-            if progress:
-                progress(len(members))
+        parts = [[mine[i] for i in members] for members in batches([len(row.ids) for row in mine], batch_size)]
+        for part, counts in passes(parts, list(rows[:1]), model):
+            batch = {name: value.to(device) for name, value in collate(part, pad).items()}
+            squares.add(partial(_loss, model, batch), len(part), counts)
+            if progress and counts:
+                progress(len(part))
     for total in squares.sums.values():
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
@@ -102,17 +104,20 @@ class SquaredGradients:
         self._names = _canonical(self.layers)
         self._groups = _sharing(self.layers)
 
-    def add(self, loss: Callable[[], Tensor], size: int) -> None:
+    def add(self, loss: Callable[[], Tensor], size: int, counts: bool = True) -> None:
         """Add the squared gradients of ``size`` sequences.
 
         Args:
             loss: Runs the model on the batch, sequences in the first dimension, and sums their losses.
             size: Number of sequences.
+            counts: Add them; otherwise the model is passed, forward and backward, and nothing else.
         """
         calls = dict.fromkeys(map(id, self._groups), 0)
         waiting: dict[int, list[Use]] = {id(group): [] for group in self._groups}
 
         def receive(group: list[str], name: str, x: Tensor, gradient: Tensor) -> None:
+            if not counts:
+                return
             uses = waiting[id(group)]
             uses.append((name, x, gradient))
             if len(uses) == calls[id(group)]:  # at once, so that no more inputs are held than needed

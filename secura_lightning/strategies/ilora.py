@@ -30,6 +30,7 @@ from torch import Tensor
 from secura_lightning.adapters import AdapterSet
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.modeling.loss import summed_cross_entropy
+from secura_lightning.modeling.shard import is_sharded
 from secura_lightning.strategies.memory import Memory, answering
 from secura_lightning.strategies.replay import Replay, Replayed
 
@@ -142,12 +143,11 @@ class ILoRA(Replay):
     def watching(self, pl_module: LightningModule) -> AbstractContextManager[Any]:
         """Keep the last hidden states, where replayed rows may pass with the fresh ones."""
         compared = self._now is not None and self.layers == "last" and self.consistency > 0
-        return self._recording(pl_module) if compared else nullcontext()
+        return self._recording(pl_module.model) if compared else nullcontext()
 
     @contextmanager
-    def _recording(self, pl_module: LightningModule) -> Iterator[None]:
+    def _recording(self, model: Any) -> Iterator[None]:
         """Within the context the last hidden states of a forward are kept."""
-        model: Any = pl_module.model
         hook = model.base_model.register_forward_hook(lambda module, given, output: self._seen.append(output[0]))
         try:
             yield
@@ -162,7 +162,7 @@ class ILoRA(Replay):
         if self.layers == "last":  # the module may take the loss without ever holding all logits
             loss = replayed.loss
             if loss is None:
-                with self._recording(pl_module):
+                with self._recording(pl_module.model):
                     loss = pl_module.answer_loss(replayed.batch)  # type: ignore[operator]
             rows, width = inputs["input_ids"].shape
             last, self._seen = self._seen[-1], []
@@ -175,6 +175,11 @@ class ILoRA(Replay):
         """What the model computes now in the layers that are compared, each ``[b, t, d]``."""
         if self.layers == "logits":
             return [model(**inputs).logits]
+        if is_sharded(model):  # all of it, whose hooks gather the weights; the head then has one token to compute for
+            with self._recording(model):
+                found = model(**inputs, output_hidden_states=self.layers == "all", logits_to_keep=1)
+            last, self._seen = self._seen[-1], []
+            return [last] if self.layers == "last" else list(found.hidden_states[1:])
         if self.layers == "last":
             return [model.base_model(**inputs).last_hidden_state]  # the head would compute for nothing
         return list(model.base_model(**inputs, output_hidden_states=True).hidden_states[1:])

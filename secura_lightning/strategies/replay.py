@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -21,7 +22,7 @@ from secura_lightning.errors import ConfigError
 from secura_lightning.seeds import derive_seed
 from secura_lightning.strategies.base import Strategy
 from secura_lightning.strategies.buffer import ReplayBuffer, Sample
-from secura_lightning.strategies.ranks import gather, own, total
+from secura_lightning.strategies.ranks import gather, most, own, total
 
 
 @dataclass(slots=True)
@@ -32,7 +33,8 @@ class Replayed:
         rows: The rows.
         batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[b, t]`` on the module's device.
         trained: Trained tokens of the replayed rows of the whole window, as a divisor that makes the sum over a window
-            and all ranks a mean: gradients are averaged over micro-batches and ranks. A scalar.
+            and all ranks a mean: gradients are averaged over micro-batches and ranks. A scalar; infinite for rows that
+            stand in for none.
         tokens: The same of all tokens, prompts included.
         loss: Their summed cross-entropy, a scalar, where they passed the model together with the fresh rows.
     """
@@ -72,6 +74,11 @@ class Drawing(Strategy, ABC):
     def collate(self, rows: list[Sample], device: torch.device) -> dict[str, Tensor]:
         """``rows`` as a batch on ``device``, padded among themselves."""
         return {name: tensor.to(device, non_blocking=True) for name, tensor in collate(rows, self._pad).items()}
+
+    def stand_in(self) -> Sample:
+        """A short row that a rank without any passes where all ranks must, and that counts for nothing."""
+        ids, kept = np.full(2, self._pad, dtype=np.int32), torch.zeros(1, 1)
+        return Sample(ids, 1, logits=kept, tokens=kept.long())
 
     def count(self, rows: list[Sample]) -> None:
         """Note that ``rows`` were trained on, as one batch."""
@@ -129,7 +136,8 @@ class Replay(Drawing):
             return None
         replayed = Replayed(rows, self.collate(rows, pl_module.device), self._trained, self._tokens)
         self._now = replayed, weight
-        self.count(rows)
+        if rows[0].task >= 0:  # and no stand-in
+            self.count(rows)
         return replayed.batch if self.joins else None
 
     def shape_loss(
@@ -169,6 +177,8 @@ class Replay(Drawing):
         rows = self.buffer.draw(number, task, self._generator)
         counts = [float(sum(row.n_trained for row in rows)), float(sum(len(row.ids) for row in rows))]
         counted = total(trainer, counts, pl_module.device).clamp_min(1) / (accumulate * trainer.world_size)
+        if most(len(rows), pl_module.model) and not rows:  # type: ignore[arg-type]
+            rows, counted = [self.stand_in()] * number, torch.full_like(counted, torch.inf)
         if not rows and trainer.world_size == 1:
             return
         self._trained, self._tokens = counted.to(torch.float32).unbind()

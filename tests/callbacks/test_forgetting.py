@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
+from secura_lightning.adapters import FullConfig, LoRAConfig, describe_adapter
 from secura_lightning.callbacks import report
+from secura_lightning.callbacks.curves import describe
 from secura_lightning.callbacks.forgetting import ForgettingMonitor
 from secura_lightning.callbacks.tasks import TaskEnd, TaskStart
-from secura_lightning.callbacks.tensorboard import draw_matrix
+from secura_lightning.callbacks.tensorboard import RunLogger, draw_matrix
 from secura_lightning.data.batches import SequencePlan
 from secura_lightning.data.rows import Row
 from secura_lightning.errors import ConfigError
@@ -55,7 +58,8 @@ class Module(LightningModule):
         self.modes: list[bool] = []
 
     def describe(self) -> dict[str, Any]:
-        return {"seed": 3, "adapter": {"class": "None", "rank": 0}, "trainable_parameters": 1}
+        adapter = describe_adapter(LoRAConfig(rank=2, norm="row"))
+        return {"seed": 3, "adapter": adapter, "base": {"base": "chain"}, "trainable_parameters": 1}
 
     def configure_callbacks(self) -> list[Any]:
         return [TaskStart(), TaskEnd()]
@@ -90,7 +94,7 @@ class Data(LightningDataModule):
         self.probe = ListProbe(facts, ["1+1=2"]) if probe else None
 
     def describe(self) -> dict[str, Any]:
-        return {"steps_per_task": self.plan.steps}
+        return {"steps_per_task": self.plan.steps, "tasks": ["a", "b", "c"], "batch_size": 4}
 
     def train_dataloader(self) -> list[int]:
         return list(range(len(self.plan)))
@@ -163,10 +167,10 @@ def test_report_holds_the_matrix_the_base_and_the_metrics(run: tuple[Path, Modul
 def test_meta_says_what_ran(run: tuple[Path, Module, str]) -> None:
     meta = load(run[0])["meta"]
     assert meta["seed"] == 3
-    assert meta["adapter"] == {"class": "None", "rank": 0}
+    assert meta["adapter"] == describe_adapter(LoRAConfig(rank=2, norm="row"))
     assert meta["trainable_parameters"] == 1
     assert meta["strategy"] == "SEQ"
-    assert meta["data"] == {"steps_per_task": STEPS}
+    assert meta["data"] == {"steps_per_task": STEPS, "tasks": ["a", "b", "c"], "batch_size": 4}
     assert set(meta["versions"]) == {"secura_lightning", "torch", "lightning", "transformers"}
     assert (
         meta["versions"]["torch"] == torch.__version__.split("+")[0] or meta["versions"]["torch"] == torch.__version__
@@ -204,6 +208,7 @@ def test_table_is_printed(run: tuple[Path, Module, str]) -> None:
     assert lines[5][:7] == ["3", "task", ";", "0.000", "1.000", "1.000", "0.500"]
     assert "BWT -0.500" in run[2]
     assert "base_retention 0.500" in run[2]
+    assert run[2].endswith(f"\nwrote {run[0]}\n\n")
 
 
 def test_training_goes_on_in_training_mode(run: tuple[Path, Module, str]) -> None:
@@ -230,35 +235,98 @@ def test_curves_run_over_the_global_step(events: EventAccumulator) -> None:
     assert curve(events, "continual/BWT") == {5: -1, 7: -0.5}
 
 
-def test_all_tasks_share_one_chart(events: EventAccumulator) -> None:
+def charts_of(events: EventAccumulator) -> dict[str, dict[str, list[str]]]:
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
-    assert charts == {
-        "tasks": [r"^task/task\ !$", r"^task/task\ \?$", "^task/task\\ ;$"],
-        "base knowledge": ["^base/first$", "^base/second$", "^base/accuracy$"],
-        "base perplexity": ["^base/perplexity$"],
-    }
+    return {part.title: {chart.title: list(chart.multiline.tag) for chart in part.chart} for part in layout.category}
+
+
+def test_all_tasks_share_one_chart(events: EventAccumulator) -> None:
+    one, several = charts_of(events).values()
+    logged = set(events.Tags()["scalars"])
+
+    def shown(patterns: list[str]) -> set[str]:
+        return {tag for tag in logged for pattern in patterns if re.match(pattern, tag)}
+
+    assert shown(one["score on every task"]) == {"task/task !", "task/task ?", "task/task ;"}
+    assert shown(one["base knowledge, by kind"]) == {"base/first", "base/second", "base/accuracy"}
+    assert [shown(tags) for tags in several.values()] == [
+        {"continual/AP"}, {"continual/learning_accuracy"}, {"continual/forgetting"}, {"continual/base_retention"},
+        {"base/perplexity"},
+    ]  # fmt: skip
+
+
+def test_without_a_probe_there_are_no_charts_of_one(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, ForgettingMonitor(), Data(probe=False))
+    events = EventAccumulator(str(trainer.log_dir))
+    events.Reload()
+    assert not [chart for charts in charts_of(events).values() for chart in charts if "base" in chart]
+
+
+def test_every_curve_is_explained_beside_its_chart(tmp_path: Path) -> None:
+    logger = RunLogger(str(tmp_path), "run", default_hp_metric=False)
+    fit(tmp_path, ForgettingMonitor(), logger=logger)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert "epoch" not in tags  # Lightning's, 0 for the whole run
+    shown = {tag: events.SummaryMetadata(tag).summary_description for tag in tags}
+    assert shown == {tag: describe(tag) for tag in tags}
+    assert all(shown.values())
+    assert curve(events, "continual/BWT") == {5: -1, 7: -0.5}
 
 
 def test_matrix_is_drawn_and_generations_are_shown(events: EventAccumulator) -> None:
     assert [image.step for image in events.Images("matrix")] == [0, 2, 5, 7]
-    texts = events.Tensors("samples/task !/text_summary")
+    texts = events.Tensors("samples/task !")
     shown = [event.tensor_proto.string_val[0].decode() for event in texts]
     assert len(shown) == 4
     assert all(part in shown[1] for part in ("    0!", "    a", "score 1.00"))
 
 
-def test_hparams_hold_settings_and_final_metrics(events: EventAccumulator) -> None:
-    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
-    assert start.hparams["seed"].number_value == 3
-    assert start.hparams["adapter/rank"].number_value == 0
-    assert start.hparams["strategy"].string_value == "SEQ"
-    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
-    named = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
-    assert {info.name.tag for info in named} >= {"final/AP", "final/BWT", "final/base_retention"}
-    assert curve(events, "final/AP") == {7: pytest.approx(2 / 3)}
+def hparams_of(events: EventAccumulator, tag: str) -> Any:
+    return plugin_data_pb2.HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content)
+
+
+def test_hparams_hold_what_tells_runs_apart(events: EventAccumulator) -> None:
+    cells = hparams_of(events, "_hparams_/session_start_info").session_start_info.hparams
+    texts = {name: cell.string_value for name, cell in cells.items() if cell.string_value}
+    assert texts == {
+        "adapter": "LoRA", "norm": "row", "strategy": "SEQ", "adapter settings": "rank 2, norm row", "base": "chain",
+        "split": "test", "tasks": "a, b, c",
+    }  # fmt: skip
+    numbers = {name: cell.number_value for name, cell in cells.items() if cell.HasField("number_value")}
+    assert numbers == {
+        "lr": 0.1, "rank": 2, "seed": 3, "batch size": 4, "steps": 7, "trained (millions)": 1e-6, "weight decay": 0,
+    }  # fmt: skip
+    assert hparams_of(events, "_hparams_/session_end_info").session_end_info.status == api_pb2.STATUS_SUCCESS
+
+
+def test_hparams_judge_by_curves_that_the_run_has(events: EventAccumulator) -> None:
+    named = hparams_of(events, "_hparams_/experiment").experiment.metric_infos
+    assert {info.name.tag for info in named} <= set(events.Tags()["scalars"])
+    assert [info.display_name for info in named][:4] == ["AP", "learning accuracy", "forgetting", "base retention"]
+
+
+def test_runs_of_any_adapter_name_the_same_columns(tmp_path: Path) -> None:
+    """TensorBoard takes the columns from one run alone, whichever it meets first."""
+
+    class Dense(Module):
+        def describe(self) -> dict[str, Any]:
+            return {**super().describe(), "adapter": describe_adapter(FullConfig())}
+
+    named, cells = [], []
+    for module in (Module(), Dense()):
+        trainer = fit(tmp_path, ForgettingMonitor(), Data(probe=False), module=module, max_steps=1)
+        events = EventAccumulator(str(trainer.log_dir))
+        events.Reload()
+        experiment = hparams_of(events, "_hparams_/experiment").experiment
+        named.append([(info.name, info.differs) for info in experiment.hparam_infos])
+        cells.append(hparams_of(events, "_hparams_/session_start_info").session_start_info.hparams)
+    assert named[0] == named[1]
+    assert [name for name, first in named[0] if first] == ["adapter", "lr", "norm", "rank", "strategy"]
+    assert "rank" in cells[0]
+    assert "rank" not in cells[1]
 
 
 def test_drawing_marks_missing_cells() -> None:
@@ -270,6 +338,9 @@ def test_drawing_marks_missing_cells() -> None:
     assert full.shape == drawn.shape
     white = [(image == 255).all(-1).mean() for image in (full, drawn)]
     assert white[1] > white[0] + 0.1  # a whole row is blank
+    beside = draw_matrix(np.array(MATRIX, float), ["a", "b", "c"], np.array(BASE))
+    assert beside.shape[0] == full.shape[0]
+    assert beside.shape[1] > full.shape[1]  # a column more
 
 
 class Save(Strategy):

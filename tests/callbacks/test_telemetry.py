@@ -27,15 +27,22 @@ def test_logs_every_so_many_steps_and_at_task_ends(tmp_path: Path) -> None:
     fit(tmp_path, [ILoRA(), Telemetry(every_n_steps=2)], monitored=True)
     found = scalars(tmp_path)
     for name in ("relative_change/median", "relative_change/max", "restraint", "slow_fast_distance"):
-        assert found[f"telemetry/{name}"] == [2, 4, 6]
-        assert found[f"task_end/{name}"] == [1, 2, 3]
+        assert found[f"telemetry/{name}"] == [2, 3, 4, 5, 6, 7]  # tasks end at 3, 5 and 7
 
 
 def test_null_asks_for_task_ends_alone(tmp_path: Path) -> None:
     fit(tmp_path, [Telemetry(every_n_steps=None)], monitored=True, data={"steps_per_task": [1, 1]})
     found = scalars(tmp_path)
-    assert found["task_end/relative_change/q10"] == [1, 2]
-    assert not [tag for tag in found if tag.startswith("telemetry/")]
+    assert found["telemetry/relative_change/q10"] == [1, 2]
+
+
+def test_what_a_fusion_did_is_logged_once(tmp_path: Path) -> None:
+    config = SECURAConfig(c=4, a=4, targets=["q_proj"])
+    fit(tmp_path, [Telemetry(every_n_steps=None)], adapter=config, monitored=True, log_every_n_steps=1)
+    found = scalars(tmp_path)
+    for name in ("row_ratio", "moved_rows", "restrained_rows"):
+        assert found[f"telemetry/{name}"] == [3, 5, 7]  # the tasks' ends, and at no step between
+    assert found["train/task"] == list(range(7))
 
 
 @pytest.mark.filterwarnings("ignore:LoRA-Null trains on a random basis")

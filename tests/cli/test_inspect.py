@@ -95,8 +95,8 @@ def test_classes_overlap_and_truncation_are_counted(tokenizer: Any) -> None:
     assert f"truncated   8 of 8 prompts, {lost} tokens in all; answers are never cut" in shown
     assert any(line.split()[:4] == ["classes", "yes", "6", "75.0%"] for line in shown)
     assert (
-        "overlap     1 of 2 test rows are training rows, answer included; 1 share the prompt, "
-        "2 but for case and white space" in shown
+        "overlap     1 of 2 test rows are training rows, answer included; 1 share a prompt, "
+        "2 where case and white space do not count" in shown
     )
     trained = [line for line in shown if "\033[30;42m" in line]
     assert [" yes" in line for line in trained] == [True] * 6 + [False] * 2

@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from secura_lightning.adapters import FullConfig, LoRAConfig
-from secura_lightning.engine import refuse_strategies
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.modeling.load import BaseSpec, fingerprint, load_model
 from secura_lightning.modeling.shard import WeightFiles, check_shardable, empty_model
-from secura_lightning.strategies.base import Strategy
 from tests.distributed.conftest import EXACT, finished, run_jobs, write
 from tests.distributed.test_ddp import assert_close, split
 from tests.integration.conftest import Fit, fit_into
@@ -129,12 +127,6 @@ def test_what_cannot_be_sharded_is_refused_in_one_line(spec: BaseSpec, adapter: 
         check_shardable(spec, adapter)
     assert "\n" not in str(caught.value)
     assert "use " in str(caught.value)
-
-
-def test_strategies_are_refused_beside_a_sharded_base() -> None:
-    refuse_strategies([])
-    with pytest.raises(ConfigError, match=r"trainer\.callbacks: Strategy does not run on a sharded base"):
-        refuse_strategies([Strategy()])
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
