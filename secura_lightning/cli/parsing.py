@@ -14,7 +14,7 @@ from secura_lightning.adapters import AdapterConfig
 from secura_lightning.data.probe import Probe
 from secura_lightning.data.task import Task
 from secura_lightning.discover import subclasses
-from secura_lightning.errors import ConfigError
+from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.strategies.base import Strategy
 
 _CHOOSABLE = (AdapterConfig, Task, Probe, Strategy)  # what `class_path` may name
@@ -30,6 +30,23 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the telling line of ``message``, with the nearest valid key."""
         raise ConfigError(shorten(message, known_keys(self))) from ex
+
+    def instantiate(self, *args: Any, **kwargs: Any) -> Any:
+        """Build what the configuration names.
+
+        Raises:
+            SecuraError: One of its constructors raised it: jsonargparse wraps what happens within optional values and
+                lists into an account of all types that it tried.
+        """
+        try:
+            return super().instantiate(*args, **kwargs)
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, SecuraError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from error
 
 
 def known_keys(parser: LightningArgumentParser) -> set[str]:
