@@ -241,7 +241,7 @@ class RetentionGuard(Strategy):
         assert self.base is not None
         with as_if_ended(_adapters(pl_module)):
             value = retention(self._score(trainer, pl_module), self.base)
-        return most(value, pl_module.model)  # type: ignore[arg-type]
+        return most(value, pl_module.model)  # type: ignore[arg-type]  # what ranks do about it must be the same
 
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> ProbeScore:
         assert self.watched is not None

@@ -142,7 +142,8 @@ class ILoRA(Replay):
 
     def watching(self, pl_module: LightningModule) -> AbstractContextManager[Any]:
         """Keep the last hidden states, where replayed rows may pass with the fresh ones."""
-        compared = self._now is not None and self.layers == "last" and self.consistency > 0
+        replays = self._now is not None and self._now[0] is not None
+        compared = replays and self.layers == "last" and self.consistency > 0
         return self._recording(pl_module.model) if compared else nullcontext()
 
     @contextmanager

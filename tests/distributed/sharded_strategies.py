@@ -56,16 +56,18 @@ class Contrary(TinyTask):
 
 
 class Strange(Probe):
-    """Text unlike that of the tasks, which training makes less likely."""
+    """Choices between answers of the tasks and others, which training makes less likely."""
 
     def __init__(self) -> None:
         super().__init__("strange")
 
     def rows(self) -> list[Row]:
-        return []
+        others = ("QXK", "KJWV", "WVQX", "ZQX", "JJK", "XKQW", "VQXW", "WWK")
+        pairs = zip(others, ("red", "blue", "zzzz", "dog") * 2, strict=True)
+        return [Row(str(i), f"first {i}: {one}", one, (one, other), "choice") for i, (one, other) in enumerate(pairs)]
 
     def texts(self) -> list[str]:
-        return ["QX#~JK @QX|ZZ", "%%WV {KQ} $$ JX"]
+        return []
 
 
 def buffer() -> ReplayBuffer:
@@ -92,7 +94,7 @@ SCENARIOS: dict[str, Scenario] = {
     "ILoRA, logits": (lambda: [buffer(), ILoRA(decay=0.6, layers="logits")], {}, UNEVEN),
     "DERPP": (lambda: [buffer(), DERPP()], {}, UNEVEN),
     "DERPP, nothing on one rank": (lambda: [buffer(), DERPP()], {}, TWO_ROWS),
-    "AGEM": (lambda: [buffer(), AGEM(5)], {}, UNEVEN),
+    "AGEM": (lambda: [buffer(), L2SP(1.0), AGEM(5)], {}, UNEVEN),
     "AGEM, nothing on one rank": (lambda: [buffer(), AGEM(5)], {}, TWO_ROWS),
     "EWC": (lambda: [ewc()], {}, UNEVEN),
     "EWC, less than a row a rank": (
@@ -102,7 +104,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "EWC, dense change": (lambda: [ewc()], {"adapter": DENSE}, UNEVEN),
     "LwF": (lambda: [LwF()], {}, UNEVEN),
-    "L2SP": (lambda: [L2SP(0.1)], {}, UNEVEN),
+    "L2SP": (lambda: [L2SP(1.0)], {}, UNEVEN),
     "RetentionGuard, stop": (lambda: [guard("stop", 0.9)], {}, UNEVEN),
     "RetentionGuard, dial": (lambda: [guard("dial", 0.9)], {}, UNEVEN),
     "all that go together": (

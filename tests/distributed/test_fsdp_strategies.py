@@ -45,13 +45,12 @@ def test_every_strategy_on_a_sharded_base_equals_a_whole_one_resumed_or_not(tmp_
             assert_equal(found["sharded"][part], found["whole"][part], f"{name}: sharded/{part}")
             assert_equal(found["resumed"][part], found["sharded"][part], f"{name}: resumed/{part}")
         if name != "none" and not SCENARIOS[name][1]:  # the strategy did something
-            plain = runs["none"]["whole"]["tensors"]
+            plain = runs["L2SP" if name == "AGEM" else "none"]["whole"]["tensors"]
             apart = max((value - plain[key]).abs().max() for key, value in found["whole"]["tensors"].items())
             assert apart > 1e-4, name
 
-    # What makes ranks differ was there: rows that go together on one rank alone, and a buffer empty on one alone.
+    # What makes ranks differ was there: rows that go together on one rank alone, and nothing to replay on one alone.
     first, second = runs["ER"]["whole"]["apart"]
-    assert first != second
-    shards = runs["ER, nothing on one rank"]["whole"]["strategies"]["ReplayBuffer"]["ranks"]
-    held = [(shard["table"][:, 1] == 0).any() for shard in shards]  # of the first task
-    assert sorted(held) == [False, True]
+    assert any(one != other for one, other in zip(first, second, strict=True))
+    first, second = runs["ER, nothing on one rank"]["whole"]["apart"]
+    assert len(second) < len(first)
