@@ -1,7 +1,7 @@
 """Every curve that a run can log: its unit and its meaning, in one place.
 
-TensorBoard shows the meaning beside each chart of its Scalars tab, and ``docs/tensorboard.md`` lists all of them; tests
-hold that a run logs no curve that is missing here, and that the page says the same.
+``docs/tensorboard.md`` lists all of them. Tests hold that runs log no curve that is missing here, and that the page
+says the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a continual run shows in TensorBoard: curves and what they mean, several on one chart, the matrix, samples.
+"""What a continual run shows in TensorBoard: curves, several of them on one chart, the matrix, samples.
 
 Scalars go to every logger. Everything else is TensorBoard's own and is skipped for other loggers.
 """
@@ -14,35 +14,19 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
-from secura_lightning.callbacks.curves import describe
 from secura_lightning.evaluation.evaluate import RowResult
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's logger, which says beside each chart what it shows, and leaves out Lightning's ``epoch``: the whole
-    sequence is one epoch.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._described: set[str] = set()
+    """TensorBoard's logger without Lightning's curve ``epoch``: the whole sequence is one epoch."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log scalars; the first value of each brings its description."""
-        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-
-        kept = {name: value for name, value in metrics.items() if name != "epoch"}
-        fresh = [name for name in kept if name not in self._described]
-        for name in fresh:
-            metadata = SummaryMetadata(summary_description=describe(name))
-            value = Summary.Value(tag=name, simple_value=float(kept.pop(name)), metadata=metadata)
-            self.experiment._get_file_writer().add_summary(Summary(value=[value]), step)
-        self._described.update(fresh)
-        super().log_metrics(kept, step)
+        """Log scalars."""
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
 
-def log_scalars(loggers: Iterable[Logger], scalars: dict[str, float | None], step: int) -> None:
+def log_scalars(loggers: Iterable[Logger], scalars: Mapping[str, float | None], step: int) -> None:
     """Log the defined scalars to every logger."""
     defined = {name: value for name, value in scalars.items() if value is not None and not math.isnan(value)}
     if defined:

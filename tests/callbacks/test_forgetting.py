@@ -23,10 +23,9 @@ from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from secura_lightning.adapters import FullConfig, LoRAConfig, describe_adapter
 from secura_lightning.callbacks import report
-from secura_lightning.callbacks.curves import describe
 from secura_lightning.callbacks.forgetting import ForgettingMonitor
 from secura_lightning.callbacks.tasks import TaskEnd, TaskStart
-from secura_lightning.callbacks.tensorboard import RunLogger, draw_matrix
+from secura_lightning.callbacks.tensorboard import draw_matrix
 from secura_lightning.data.batches import SequencePlan
 from secura_lightning.data.rows import Row
 from secura_lightning.errors import ConfigError
@@ -261,19 +260,6 @@ def test_without_a_probe_there_are_no_charts_of_one(tmp_path: Path) -> None:
     events = EventAccumulator(str(trainer.log_dir))
     events.Reload()
     assert not [chart for charts in charts_of(events).values() for chart in charts if "base" in chart]
-
-
-def test_every_curve_is_explained_beside_its_chart(tmp_path: Path) -> None:
-    logger = RunLogger(str(tmp_path), "run", default_hp_metric=False)
-    fit(tmp_path, ForgettingMonitor(), logger=logger)
-    events = EventAccumulator(logger.log_dir)
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    assert "epoch" not in tags  # Lightning's, 0 for the whole run
-    shown = {tag: events.SummaryMetadata(tag).summary_description for tag in tags}
-    assert shown == {tag: describe(tag) for tag in tags}
-    assert all(shown.values())
-    assert curve(events, "continual/BWT") == {5: -1, 7: -0.5}
 
 
 def test_matrix_is_drawn_and_generations_are_shown(events: EventAccumulator) -> None:

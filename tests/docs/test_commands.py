@@ -50,7 +50,8 @@ def shown(path: Path) -> Iterator[str]:
     else:
         blocks = "\n".join(fences(text, "bash"))
         lines = [part for line in blocks.splitlines() for part in line.split(" && ")]
-        lines += [span.replace("\n", " ") for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
+        lines += [span.replace("\n", " ") for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
     for line in lines:
         found = START.match(re.sub(r"\s+(#|\(|  ).*$", "", line.strip()))
         if found and found[1].split()[0] in COMMANDS and len(found[1].split()) > 2 and "--help" not in found[1]:
@@ -82,6 +83,15 @@ def test_the_pages_show_commands() -> None:
     assert found == set(COMMANDS), "a command without an example, or an example without a command"
 
 
+def test_outputs_are_no_commands(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`secura eval --config A`\n\n```bash\nsecura fit --config B\n```\n\n```text\nsecura fit --config C\n"
+        "try `secura fit --config D`\n```\n"
+    )
+    assert set(shown(page)) == {"eval --config A", "fit --config B"}
+
+
 @pytest.mark.parametrize(("path", "line"), cases())
 def test_command_has_these_options(
     path: Path, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -108,6 +118,32 @@ def write_files(page: str, folder: Path) -> None:
         path.write_text(content)
 
 
+def plain(line: str) -> str:
+    """A line of output without what differs from run to run: figures, the widths of columns, the bars of histograms."""
+    line = re.sub(r"[-+±]?\d[\d.,]*(?:e[-+]?\d+)?", "0", line)
+    return re.sub(r"-{2,}", "--", re.sub(r"#+|\s+", " ", line)).strip()
+
+
+def missing(page: str, printed: str) -> list[str]:
+    """Lines of the page's output blocks that were not printed, in that order; ``...`` stands for what was left out."""
+    found = iter([plain(line) for line in re.split(r"[\r\n]", printed)])
+    lines = [line for block in fences(page, "text") for line in block.splitlines() if line.strip() not in ("", "...")]
+
+    def comes(line: str) -> bool:  # reads on from where the last line was found
+        head, cut, _ = line.partition(" ...")
+        return any(other.startswith(plain(head)) if cut else other == plain(head) for other in found)
+
+    return [line for line in lines if not comes(line)]
+
+
+def test_outputs_are_compared_without_their_figures() -> None:
+    page = "```text\nrows      5 training\n...\n-----\nAP 0.167   BWT ...\n```\n```text\nwrote merged\n```\n"
+    assert missing(page, "rows 12 training\nother\n--------\nAP 1.0  BWT 0.000\nbar\rwrote merged\n") == []
+    assert missing(page, "rows 12 trained\n--\nAP 1.0  BWT 0.000\nwrote merged\n")[0] == "rows      5 training"
+    assert missing(page, "rows 12 training\n--\nAP 1.0  AIA 0.000\nwrote merged\n")[0] == "AP 0.167   BWT ..."
+    assert missing(page, "wrote merged\nrows 12 training\n--\nAP 1.0  BWT 0.000\n") == ["wrote merged"]
+
+
 @pytest.mark.slow
 def test_the_guide_works_as_written(tmp_path: Path) -> None:
     page = GUIDE.read_text()
@@ -127,3 +163,4 @@ def test_the_guide_works_as_written(tmp_path: Path) -> None:
     assert list((tmp_path / "figures").iterdir())
     report = tmp_path / "lightning_logs/tickets/version_0/continual.json"
     assert report.exists()
+    assert missing(page, run.stdout) == []
