@@ -274,7 +274,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"differs: {difference}")
     print(f"{result['kills']} kills survived in {result['runs']} runs, {len(result['differences'])} differences")
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        kills, differences = result["kills"], len(result["differences"])
+        rows = [
+            {"name": "kills survived", "value": kills, "peer": "kills", "peer_value": options.kills,
+             "ratio": kills / options.kills, "target": 1.0, "met": kills == options.kills},
+            {"name": "differences", "value": differences, "peer": "none", "peer_value": 0, "ratio": None, "target": 0,
+             "met": not differences},
+        ]  # fmt: skip
+        options.json.write_text(json.dumps({"rows": rows, **result}, indent=1) + "\n", encoding="utf-8")
     return 1 if result["differences"] else 0
 
 
