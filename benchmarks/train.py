@@ -335,20 +335,31 @@ def times(folder: Path, shape: Shape, number: int, rounds: int, device: str) -> 
 
 def peak(folder: Path, shape: Shape, name: str, number: int, device: str) -> float:
     """MiB that one contender's training adds to this process."""
-    import resource
-
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = _resident("VmRSS")
     with contextlib.redirect_stdout(sys.stderr):
         CONTENDERS[name](folder, shape, number, Steps(device))
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> float:
+    """MiB of this process' resident memory, now (``VmRSS``) or at most (``VmHWM``).
+
+    Not getrusage's largest, in which a process that another one started begins at the other's size.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(key)).split()[1]) / 1024
 
 
 def memory(folder: Path, kind: str, names: list[str]) -> dict[str, float]:
-    """:func:`peak` of contenders, each in a process of its own."""
+    """:func:`peak` of contenders, the median of three processes of their own each."""
     command = [sys.executable, "-m", "benchmarks.train", "--folder", str(folder), "--kind", kind, "--peak"]
-    return {name: float(subprocess.run([*command, name], check=True, stdout=subprocess.PIPE).stdout) for name in names}
+
+    def once(name: str) -> float:
+        return float(subprocess.run([*command, name], check=True, stdout=subprocess.PIPE).stdout)
+
+    return {name: statistics.median(once(name) for _ in range(3)) for name in names}
 
 
 def main() -> None:
