@@ -23,12 +23,15 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from benchmarks._common import Row
 
 STEPS = [4, 3, 4]
 CONFIG: dict[str, Any] = {
@@ -274,14 +277,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"differs: {difference}")
     print(f"{result['kills']} kills survived in {result['runs']} runs, {len(result['differences'])} differences")
     if options.json:
-        kills, differences = result["kills"], len(result["differences"])
+        kills, wanted, differences = result["kills"], options.kills, len(result["differences"])
         rows = [
-            {"name": "kills survived", "value": kills, "peer": "kills", "peer_value": options.kills,
-             "ratio": kills / options.kills, "target": 1.0, "met": kills == options.kills},
-            {"name": "differences", "value": differences, "peer": "none", "peer_value": 0, "ratio": None, "target": 0,
-             "met": not differences},
-        ]  # fmt: skip
-        options.json.write_text(json.dumps({"rows": rows, **result}, indent=1) + "\n", encoding="utf-8")
+            Row("kills survived", kills, "kills", wanted, kills / wanted, ">= 1.00", kills >= wanted),
+            Row("differences", differences, "kills", kills, differences / max(kills, 1), "<= 0.00", not differences),
+        ]
+        content = {"rows": [asdict(row) for row in rows], **result}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 1 if result["differences"] else 0
 
 

@@ -266,12 +266,21 @@ class AdapterLayer(nn.Module, ABC):
     @contextmanager
     def at(self, values: dict[str, Tensor]) -> Iterator[None]:
         """Within the context the layer computes from these values of its anchors, with gradient to them."""
-        own = {name: self._parameters[name] for name in values}
-        self._parameters.update(cast("dict[str, nn.Parameter | None]", values))
+        own = {name: self._home(name)[name] for name in values}
+        self._lend(values)
         try:
             yield
         finally:
-            self._parameters.update(own)
+            self._lend(own)
+
+    def _home(self, name: str) -> dict[str, Any]:
+        """Where the layer keeps a tensor: among its parameters or its buffers."""
+        return cast("dict[str, Any]", self._parameters if name in self._parameters else self._buffers)
+
+    def _lend(self, values: dict[str, Any]) -> None:
+        """Put tensors in the places of the layer's own, without copying."""
+        for name, value in values.items():
+            self._home(name)[name] = value
 
     @abstractmethod
     def untouched(self) -> dict[str, Tensor]:
@@ -281,7 +290,7 @@ class AdapterLayer(nn.Module, ABC):
     def set_anchors(self, values: dict[str, Tensor]) -> None:
         """Move the layer to these values of its anchors, in place."""
         for name, value in values.items():
-            cast(Tensor, self._parameters[name]).copy_(value)
+            self._home(name)[name].copy_(value)
         self.refresh()
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -15,8 +15,13 @@ def describe_adapter(config: AdapterConfig) -> dict[str, Any]:
     return {"class": type(config).__name__, **asdict(config)}  # type: ignore[call-overload]
 
 
-def summarize_adapter(config: AdapterConfig) -> str:
-    """The method and every setting that is not its default, for people: ``LoRA (rank 16, norm element)``.
+def method_name(config: AdapterConfig) -> str:
+    """The method, for people: ``LoRA``."""
+    return type(config).__name__.removesuffix("Config")
+
+
+def changed_settings(config: AdapterConfig) -> str:
+    """Every setting that is not its default, for people: ``rank 16, norm element``.
 
     A setting that a configuration inherits unseen, from another file or from the class that stood there before, shows.
     """
@@ -26,8 +31,13 @@ def summarize_adapter(config: AdapterConfig) -> str:
         default = setting.default if setting.default_factory is MISSING else setting.default_factory()
         if value != default:
             changed.append(f"{setting.name} {value}")
-    name = type(config).__name__.removesuffix("Config")
-    return f"{name} ({', '.join(changed)})" if changed else name
+    return ", ".join(changed)
+
+
+def summarize_adapter(config: AdapterConfig) -> str:
+    """The method and its changed settings: ``LoRA (rank 16, norm element)``."""
+    changed = changed_settings(config)
+    return f"{method_name(config)} ({changed})" if changed else method_name(config)
 
 
 def rebuild_adapter(description: dict[str, Any]) -> AdapterConfig:

@@ -32,7 +32,6 @@ inputs through, which nobody sees where the basis itself lets a hundredth throug
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -189,24 +188,6 @@ class NullSequenceLayer(LoRANullV2):
     def anchors(self) -> dict[str, Tensor]:
         """B and F_L: coordinates of one task, since the next one has another basis and a wider F."""
         return {**super().anchors(), "frozen_left": self.frozen_left}
-
-    @contextmanager
-    def at(self, values: dict[str, Tensor]) -> Iterator[None]:
-        """As if these were the factors; see :meth:`AdapterLayer.at`."""
-        trained = {name: value for name, value in values.items() if name != "frozen_left"}
-        own = self.frozen_left
-        with super().at(trained):
-            self._buffers["frozen_left"] = values.get("frozen_left", own)
-            try:
-                yield
-            finally:
-                self._buffers["frozen_left"] = own
-
-    @torch.no_grad()
-    def set_anchors(self, values: dict[str, Tensor]) -> None:
-        """Move to these factors; see :meth:`AdapterLayer.set_anchors`."""
-        self.frozen_left.copy_(values.get("frozen_left", self.frozen_left))
-        super().set_anchors({name: value for name, value in values.items() if name != "frozen_left"})
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """([F_L, B], [F_R; A])."""

@@ -272,25 +272,16 @@ class SECURALayer(DeltaLayer):
     @contextmanager
     def at(self, values: dict[str, Tensor]) -> Iterator[None]:
         """As if ``values`` had been fused; see :meth:`AdapterLayer.at`."""
-        fused = {name: value for name, value in values.items() if name in self._buffers}
-        trained = {name: value for name, value in values.items() if name not in fused}
-        own = {name: self._buffers[name] for name in fused}
-        with super().at(trained | ({"B": torch.zeros_like(self.B)} if fused else {})):
-            self._buffers.update(fused)
-            try:
-                yield
-            finally:
-                self._buffers.update(own)
+        fused = any(name in self._buffers for name in values)
+        with super().at(values | ({"B": torch.zeros_like(self.B)} if fused else {})):
+            yield
 
     @torch.no_grad()
     def set_anchors(self, values: dict[str, Tensor]) -> None:
         """Fuse to these values; see :meth:`AdapterLayer.set_anchors`."""
-        fused = {name: value for name, value in values.items() if name in self._buffers}
-        for name, value in fused.items():
-            getattr(self, name).copy_(value)
-        if fused:
+        if any(name in self._buffers for name in values):
             self.B.zero_()
-        super().set_anchors({name: value for name, value in values.items() if name not in fused})
+        super().set_anchors(values)
 
     def end_task(self) -> Fusion:
         """Fuse, unless fusion goes by steps or is off."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from secura_lightning.adapters.describe import rebuild_adapter, summarize_adapter
+from secura_lightning.adapters.describe import changed_settings, method_name, rebuild_adapter
 from secura_lightning.callbacks.curves import describe
 from secura_lightning.callbacks.tensorboard import writers
 from secura_lightning.strategies.base import Strategy
@@ -60,16 +60,16 @@ def columns_of(meta: Mapping[str, Any], group: Mapping[str, Any], strategies: Se
         Values by column; None where a column means nothing for the run.
     """
     adapter, data = meta["adapter"], meta["data"]
-    name, _, changed = summarize_adapter(rebuild_adapter(adapter)).partition(" (")
+    config = rebuild_adapter(adapter)
     acting = [type(strategy).__name__ for strategy in strategies if not strategy.serves]
     settings = [f"{type(one).__name__}.{key} {value}" for one in strategies for key, value in one.settings().items()]
     return {
-        "adapter": name,
+        "adapter": method_name(config),
         "lr": group.get("initial_lr", group["lr"]),
         "norm": adapter.get("norm", "none"),
         "rank": adapter.get("rank", adapter.get("c")),
         "strategy": " + ".join(acting) or "SEQ",
-        "adapter settings": changed.removesuffix(")"),
+        "adapter settings": changed_settings(config),
         "base": meta["base"]["base"],
         "batch size": data["batch_size"],
         "seed": meta["seed"],

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from secura_lightning.data.encode import common
 from secura_lightning.data.rows import Row
+from secura_lightning.modeling.shard import is_sharded
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[torch.device]:
 
 def _hold_weights(model: PreTrainedModel, device: torch.device, held: ExitStack) -> None:
     """Let the model's adapters keep their weights until ``held`` closes, one after another while there is room."""
-    if _sharded(model):
+    if is_sharded(model):
         return  # a rank has no room for whole weights
     room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else HELD_BUDGET
     for module in model.modules():
@@ -248,22 +248,18 @@ def shard(items: Sequence[T], model: nn.Module | None = None) -> list[T]:
 
     The forward of a ``model`` whose weights are sharded needs all ranks at once: there each rank's share is all items.
     """
-    if not _distributed() or _sharded(model):
+    if not _distributed() or is_sharded(model):
         return list(items)
     return list(items[dist.get_rank() :: dist.get_world_size()])
 
 
 def gather(mine: Sequence[T], model: nn.Module | None = None) -> list[T]:
     """The inverse of :func:`shard` over results: all ranks' items in the original order, on every rank."""
-    if not _distributed() or _sharded(model):
+    if not _distributed() or is_sharded(model):
         return list(mine)
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, list(mine))
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
-
-
-def _sharded(model: nn.Module | None) -> bool:
-    return model is not None and any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _distributed() -> bool:

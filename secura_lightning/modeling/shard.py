@@ -117,7 +117,7 @@ def check_shardable(spec: BaseSpec, config: AdapterConfig) -> None:
         )
 
 
-def is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module | None) -> bool:
     """Whether a model's weights are spread over processes, so that its forward is a collective call."""
     return isinstance(model, FSDPModule)
 
