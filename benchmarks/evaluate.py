@@ -1,14 +1,18 @@
 """Evaluation in batches against one row at a time, on the same rows and with the same results.
 
-    python benchmarks/evaluate.py                                   pocket model, its tasks and its probe
-    python benchmarks/evaluate.py --config C.yaml --limit 32        the base model, tasks and probe of a configuration
+    python -m benchmarks.evaluate                                   SECURA on the pocket model, its tasks and its probe
+    python -m benchmarks.evaluate --config C.yaml --limit 32        those of another configuration
+    python -m benchmarks.evaluate --base                            the same without the adapter
+
+What a run scores at every task's end is the model with its adapters, so that is what is timed: untrained, which costs
+the same. The loop runs them as they are; our evaluation keeps the adapted weights for its duration.
 
 One row at a time is the loop that people write: a prompt is encoded and run alone; of a multiple-choice row every
 (prompt, choice) pair is encoded and run as a sequence of its own; a document is scored alone. Generation uses the KV
 cache on both sides. The answers of both sides are compared before anything is timed.
 
-On one CPU thread a batch saves passes and repeated reading, but no arithmetic: what is bound by reading prompts cannot
-gain ten times there (docs/data.md).
+On one CPU thread a batch saves passes and repeated reading, but no arithmetic: of the base alone, what is bound by
+reading prompts cannot gain ten times there (docs/data.md).
 """
 
 from __future__ import annotations
@@ -20,10 +24,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from _common import Row as Line
-from _common import clock, compare_paired, finish, paired, parser, tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks._common import Row as Line
+from benchmarks._common import clock, compare_paired, finish, paired, parser, tabulate
+from secura_lightning.adapters import inject
+from secura_lightning.adapters.describe import summarize_adapter
 from secura_lightning.cli.fit import parse
 from secura_lightning.cli.inspect import InspectCLI
 from secura_lightning.data.encode import encode_answers, encode_texts, render_prompts
@@ -90,6 +96,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Measure every task of the configuration, and the probe's text."""
     options = parser(__doc__ or "")
     options.add_argument("--config", default="configs/quickstart.yaml", help="base model, tasks and probe")
+    options.add_argument("--base", action="store_true", help="without the configuration's adapter")
     options.add_argument("--limit", type=int, default=128, help="rows of each task")
     options.add_argument("--batch_size", type=int, default=64, help="sequences computed together")
     options.add_argument("--repeats", type=int, default=5, help="rounds")
@@ -99,6 +106,10 @@ def main(args: Sequence[str] | None = None) -> None:
     limit, repeats = (8, 1) if given.quick else (given.limit, given.repeats)
     cli = parse(InspectCLI, ["--config", given.config])
     model, tokenizer = load_model(cli.model.spec).to(given.device).eval(), cli.model.tokenizer
+    if not given.base:
+        for layer in inject(model, cli.model.adapter).layers.values():
+            layer.calibrated = True  # LoRA-Null on its random basis costs the same
+        model.eval()
     lines = []
     for task in cli.datamodule.tasks:
         rows = random.Random(0).sample(task.rows("test"), min(limit, len(task.rows("test"))))
@@ -131,7 +142,8 @@ def main(args: Sequence[str] | None = None) -> None:
         assert n == m, "both sides must score the same tokens"
         assert math.isclose(one, other, rel_tol=1e-3), f"losses differ: {one} and {other}"
         lines.append(measure(f"perplexity of {len(texts)} texts, {n} tokens", pair, repeats, given.device))
-    finish(lines, given.json, f"Evaluation of {cli.model.spec.base}: batches of {given.batch_size} against one by one")
+    what = cli.model.spec.base if given.base else f"{cli.model.spec.base} with {summarize_adapter(cli.model.adapter)}"
+    finish(lines, given.json, f"Evaluation of {what}: batches of {given.batch_size} against one by one")
 
 
 def measure(what: str, pair: dict[str, Callable[[], Any]], repeats: int, device: str) -> Line:

@@ -30,7 +30,8 @@ def changed_settings(config: AdapterConfig) -> str:
         value = getattr(config, setting.name)
         default = setting.default if setting.default_factory is MISSING else setting.default_factory()
         if value != default:
-            changed.append(f"{setting.name} {value}")
+            long = isinstance(value, dict) and len(value) > 2
+            changed.append(f"{setting.name} of {len(value)} names" if long else f"{setting.name} {value}")
     return ", ".join(changed)
 
 

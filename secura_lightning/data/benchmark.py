@@ -180,7 +180,7 @@ class BenchmarkTask(Task):
                     f"{len(free)} of them with a prompt of their own; lower init_args.n_{split}"
                 )
             part_of |= dict.fromkeys(free[:n], split)
-            rank_zero_info(f"task '{self.name}': {n} {split} rows are held out of the training rows")
+            rank_zero_info(f"task '{self.name}': training rows held out for {split}: {n}")
         parts: dict[Split, list[Row]] = {"train": [], **{split: [] for split in self._missing}}
         for i, row in rows.items():
             part = part_of.get(i, "train")

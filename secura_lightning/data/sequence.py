@@ -238,7 +238,7 @@ class SequenceDataModule(LightningDataModule):
             epochs = _per_task(self.epochs_per_task or 1, len(self.tasks))
             steps = [math.ceil(n * len(rows) / window) for n, rows in zip(epochs, self.encoded, strict=True)]
         for task, n in zip(self.tasks, steps, strict=True):
-            rank_zero_info(f"task '{task.name}': {n} steps of {window} rows")
+            rank_zero_info(f"task '{task.name}': optimizer steps {int(n)}, rows a step {window}")
         return [int(n) for n in steps]
 
 

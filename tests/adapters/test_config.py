@@ -10,7 +10,8 @@ import itertools
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
-from secura_lightning.adapters import AdapterConfig
+from secura_lightning.adapters import AdapterConfig, LoRAConfig
+from secura_lightning.adapters.describe import summarize_adapter
 from tests.adapters.toy import all_config_classes
 
 
@@ -64,3 +65,12 @@ def test_every_setting_has_a_docstring_and_a_default(cls: type[AdapterConfig]) -
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     assert {field.name for field in fields} <= documented
     assert all(field.default is not dataclasses.MISSING for field in fields)
+
+
+def test_the_summary_names_what_was_changed_and_counts_what_is_long() -> None:
+    sizes = {f"layers.{i}.q_proj": {"rank": 4} for i in range(3)}
+    assert summarize_adapter(LoRAConfig()) == "LoRA"
+    assert summarize_adapter(LoRAConfig(norm="row", per_target={"q": {"rank": 4}})) == (
+        "LoRA (per_target {'q': {'rank': 4}}, norm row)"
+    )
+    assert summarize_adapter(LoRAConfig(per_target=sizes)) == "LoRA (per_target of 3 names)"

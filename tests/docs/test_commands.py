@@ -148,14 +148,16 @@ def test_outputs_are_compared_without_their_figures() -> None:
 def test_the_guide_works_as_written(tmp_path: Path) -> None:
     page = GUIDE.read_text()
     write_files(page, tmp_path)
-    assert {path.name for path in tmp_path.rglob("*.*")} == {"tickets.yaml", "train.jsonl", "test.jsonl", "faq.jsonl"}
+    assert {path.name for path in tmp_path.rglob("*.*")} == {
+        "tickets.yaml", "grid.yaml", "train.jsonl", "test.jsonl", "faq.jsonl",
+    }  # fmt: skip
     lines = [line for block in fences(page, "bash") for line in block.splitlines() if "tensorboard" not in line]
     assert len(lines) > 15
     script = "set -eux -o pipefail\n" + "\n".join(lines)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     run = subprocess.run(
         ["bash", "-c", script], cwd=tmp_path, env={**os.environ, "PATH": path}, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
     for file in ("merged/model.safetensors", "adapter/adapter.safetensors", "adapter-peft/adapter_model.safetensors"):
