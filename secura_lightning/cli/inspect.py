@@ -84,7 +84,7 @@ def describe_task(
     yield f"rows        {counts.rows} training{validation}, {counts.test} test; {kind}"
     if not task.is_text:
         yield _format(tokenizer, task)
-    yield from _overlap(counts)
+    yield from _overlap(counts, task.is_text)
     yield from _classes(counts)
     yield from _lengths(rows, data, place, task)
     if not task.is_text:
@@ -108,8 +108,9 @@ def _format(tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
     return f"format      chat template: {''.join(parts)!r}"
 
 
-def _overlap(counts: RowCounts) -> Iterator[str]:
-    shared = f"{counts.shared_rows} of {counts.test} test rows are training rows, answer included"
+def _overlap(counts: RowCounts, is_text: bool) -> Iterator[str]:
+    what = "documents are training documents" if is_text else "rows are training rows, answer included"
+    shared = f"{counts.shared_rows} of {counts.test} test {what}"
     if counts.shared_loosely or counts.shared_prompts:
         shared += (
             f"; {counts.shared_prompts} share a prompt, {counts.shared_loosely} where case and white space do not count"
@@ -140,9 +141,10 @@ def _lengths(rows: EncodedRows, data: SequenceDataModule, place: int, task: Task
         f"{high:.0f}; data.max_length is {data.max_length}"
     )
     yield from _bars(histogram(lengths))
-    cut = rows.truncated[rows.truncated > 0]
-    lost = f", {int(cut.sum())} tokens in all" if len(cut) else ""
-    yield f"truncated   {len(cut)} of {len(rows)} prompts{lost}; answers are never cut"
+    if not task.is_text:
+        cut = rows.truncated[rows.truncated > 0]
+        lost = f", {int(cut.sum())} tokens in all" if len(cut) else ""
+        yield f"truncated   {len(cut)} of {len(rows)} prompts{lost}; answers are never cut"
     yield f"padding     {data.batches().padding_efficiency(place):.1%} of a batch's positions hold tokens{_how(data)}"
 
 

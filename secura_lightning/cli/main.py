@@ -17,6 +17,7 @@ secura chat --ckpt F            ->  cli.chat.main       talk to the base and the
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 something about the run is wrong, 2 the command line or configuration is wrong,
-        130 interrupted.
+        130 interrupted, 141 its reader has left (``| head``).
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
@@ -85,7 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(name: str, args: list[str], debug: bool = False) -> int:
     """Run command ``name``, turning expected errors into one line."""
     try:
-        return int(importlib.import_module(COMMANDS[name][0]).main(args) or 0)
+        code = int(importlib.import_module(COMMANDS[name][0]).main(args) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 141  # as of a program that SIGPIPE ended
     except KeyboardInterrupt:
         print(f"\nsecura {name}: interrupted", file=sys.stderr)
         return 130
@@ -94,6 +101,16 @@ def run(name: str, args: list[str], debug: bool = False) -> int:
             traceback.print_exc()
         print(f"secura {name}: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _reader_left() -> bool:
+    """Whether whoever read the output (``| head``) has left; what is still to be printed is then dropped."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")  # a flush may have dropped what failed and have nothing left to write
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 if __name__ == "__main__":

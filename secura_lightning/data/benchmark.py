@@ -165,9 +165,9 @@ class BenchmarkTask(Task):
         found = ((i, self._row(record, i, "train", "train")) for i, record in enumerate(records))
         rows = {i: row for i, row in found if row is not None}
         self.report_left_out("train", len(records) - len(rows))
-        counts = Counter(row.prompt for row in rows.values())
-        once = [i for i, row in rows.items() if counts[row.prompt] == 1]
-        once.sort(key=lambda i: hashlib.sha256(rows[i].prompt.encode()).digest())
+        counts = Counter(_own_text(row) for row in rows.values())
+        once = [i for i, row in rows.items() if counts[_own_text(row)] == 1]
+        once.sort(key=lambda i: hashlib.sha256(_own_text(rows[i]).encode()).digest())
         part_of: dict[int, Split] = {}
         for split in self._missing:
             share, most = HELD_OUT[split]
@@ -175,9 +175,10 @@ class BenchmarkTask(Task):
             n = min(most, max(1, len(rows) // share)) if wanted is None else wanted
             free = [i for i in once if i not in part_of]
             if len(rows) - len(part_of) <= n or len(free) < n:
+                what = "text" if self.is_text else "prompt"
                 raise SecuraError(
                     f"{self.source.where('train')}: {n} {split} rows cannot be held out of {len(rows)} rows, "
-                    f"{len(free)} of them with a prompt of their own; lower init_args.n_{split}"
+                    f"{len(free)} of them with a {what} of their own; lower init_args.n_{split}"
                 )
             part_of |= dict.fromkeys(free[:n], split)
             rank_zero_info(f"task '{self.name}': training rows held out for {split}: {n}")
@@ -226,7 +227,7 @@ class BenchmarkTask(Task):
         try:
             row = self.to_row(f"{file}/{number}", record, split)
             if row is not None:
-                check(row)
+                check(row, self.is_text)
         except SecuraError as error:
             raise type(error)(f"{self.source.where(file)}, row {number}: {error}") from error
         return row
@@ -236,18 +237,32 @@ class BenchmarkTask(Task):
         if split == "validation" or other not in self._rows:
             return
         train, test = (rows, self._rows[other]) if split == "train" else (self._rows[other], rows)
-        known = {row.prompt for row in train}
-        shared = sum(row.prompt in known for row in test)
+        known = {_own_text(row) for row in train}
+        shared = sum(_own_text(row) in known for row in test)
+        what = "documents" if self.is_text else "prompts"
         if shared:
-            rank_zero_warn(f"task '{self.name}': {shared} of {len(test)} test prompts are training prompts too")
+            rank_zero_warn(f"task '{self.name}': {shared} of {len(test)} test {what} are training {what} too")
 
 
-def check(row: Row) -> None:
+def _own_text(row: Row) -> str:
+    """What may not stand in two splits: the prompt, or the document where there is none."""
+    return row.prompt or row.answer
+
+
+def check(row: Row, is_text: bool = False) -> None:
     """Refuse a row that cannot be trained on or scored.
+
+    Args:
+        row: The row.
+        is_text: Whether it is a document of a text task, which has no prompt.
 
     Raises:
         SecuraError: Its prompt or answer is empty, or its choices are too few, equal, or lack the answer.
     """
+    if is_text:
+        if not row.answer.strip():
+            raise SecuraError("the document is empty; fill the columns that init_args.template names, or remove it")
+        return
     if not row.prompt.strip():
         raise SecuraError("the prompt is empty; fill the columns that init_args.template names, or remove the row")
     if not row.answer.strip():

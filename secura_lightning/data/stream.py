@@ -53,7 +53,7 @@ def stream_rows(task: Task) -> Iterator[Row]:
         try:
             row = task.to_row(f"train/{number}", record, "train")
             if row is not None:
-                check(row)
+                check(row, task.is_text)
         except SecuraError as error:
             where = f"data.tasks: task '{task.name}': {source.where('train')}, row {number}"
             raise type(error)(f"{where}: {error}") from error
