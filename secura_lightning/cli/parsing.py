@@ -81,7 +81,12 @@ def shorten(message: str, keys: Iterable[str]) -> str:
     nested = re.search(r"no setting '\w+'; [^\n]*", message)
     if nested:
         return f"{prefix}{nested.group(0)}"
-    name = re.search(r"Expected a path but (\w+) either not accessible or invalid", message)
+    attribute = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message)
+    if attribute:
+        return f"{prefix}no class '{attribute.group(2)}' in {attribute.group(1)}"
+    name = re.search(r"Expected a dot import path string: (\w+)", message) or re.search(
+        r"Expected a path but (\w+) either not accessible or invalid", message
+    )
     if name:
         if where.rsplit(".", 1)[-1] not in _CLASS_KEYS:  # jsonargparse tries a class path wherever text does not fit
             return f"{prefix}cannot be '{name.group(1)}'"
