@@ -229,9 +229,10 @@ def _over_rows(one: Group, reference: Group, metric: str, bootstrap: Bootstrap) 
 
 
 def cell_text(found: tuple[float, float | None] | None) -> str:
-    """Mean and interval as text."""
+    """Mean and interval as text; a count that all runs share has none."""
     if found is None:
         return "-"
     mean, half = found
     digits = 0 if abs(mean) >= 100 else 3
-    return number(mean, digits) if half is None else f"{number(mean, digits)} ± {number(half, digits)}"
+    alone = half is None or (half == 0 and mean == int(mean) and mean > 1)
+    return number(mean, digits) if alone else f"{number(mean, digits)} ± {number(half, digits)}"
