@@ -52,7 +52,10 @@ def draw(groups: Sequence[Group], folder: Path, retention: str, kinds: Kinds, to
 
 
 def draw_pareto(groups: Sequence[Group], retention: str, kinds: Kinds) -> Figure | None:
-    """Learning accuracy over retention, one point a group with its intervals; the front's points are labelled."""
+    """Learning accuracy over retention, one point a group; the front's points are labelled.
+
+    The picture is cut to the points: an interval of two or three runs may leave it.
+    """
     points = []
     for one in groups:
         x, y = summarise(one, retention, kinds), summarise(one, "learning_accuracy")
@@ -63,28 +66,42 @@ def draw_pareto(groups: Sequence[Group], retention: str, kinds: Kinds) -> Figure
     figure = Figure(figsize=(8.5, 5.5), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     families: dict[str, list[int]] = {}
+    labels: list[str] = []
     for i, (one, _, _) in enumerate(points):
         rest = {name: value for name, value in one.axes.items() if name != _CURVE}
-        families.setdefault(Group(rest, []).label or "all", []).append(i)
+        labels.append(Group(rest, []).label or "all")
+        families.setdefault(labels[i], []).append(i)
     for f, (name, members) in enumerate(families.items()):
         members.sort(key=lambda i: _as_number(points[i][0].axes.get(_CURVE, "0")))
         xs, ys = [points[i][1][0] for i in members], [points[i][2][0] for i in members]
         widths = [points[i][1][1] or 0.0 for i in members], [points[i][2][1] or 0.0 for i in members]
-        axes.errorbar(xs, ys, xerr=widths[0], yerr=widths[1], label=name, color=_COLOURS[f % 8],
-                      marker=_MARKERS[(f + f // 8) % 8], linestyle="-" if len(members) > 1 else "none",
-                      linewidth=1, elinewidth=0.7, capsize=2)  # fmt: skip
+        _, _, bars = axes.errorbar(xs, ys, xerr=widths[0], yerr=widths[1], label=name, color=_COLOURS[f % 8],
+                                   marker=_MARKERS[(f + f // 8) % 8], linestyle="-" if len(members) > 1 else "none",
+                                   linewidth=1, elinewidth=0.7)  # fmt: skip
+        for bar in bars:
+            bar.set_alpha(0.4)
     front = sorted(pareto([(x[0], y[0]) for _, x, y in points]), key=lambda i: points[i][1][0])
     axes.step([points[i][1][0] for i in front], [points[i][2][0] for i in front], where="pre", color="0.6",
               linestyle="--", linewidth=1, zorder=0, label="Pareto front")  # fmt: skip
     for i in front:
-        axes.annotate(points[i][0].label, (points[i][1][0], points[i][2][0]), xytext=(4, 5),
+        label = points[i][0].label if len(families[labels[i]]) > 1 else labels[i]
+        axes.annotate(label, (points[i][1][0], points[i][2][0]), xytext=(4, 5),
                       textcoords="offset points", fontsize=7)  # fmt: skip
+    axes.set_xlim(*_room([x[0] for _, x, _ in points]))
+    axes.set_ylim(*_room([y[0] for _, _, y in points]))
     axes.set_xlabel(f"{retention.replace('_', ' ')} (base knowledge kept)")
     axes.set_ylabel("learning accuracy (plasticity)")
     axes.set_title("Plasticity against retention, with 95 % intervals over runs")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=7)
     return figure
+
+
+def _room(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis that show all values, with a margin."""
+    low, high = min(values), max(values)
+    margin = 0.15 * (high - low) or 0.05
+    return low - margin, high + margin
 
 
 def draw_curves(groups: Sequence[Group], note: str = "") -> Figure:
