@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks._common import Row as Line
 from benchmarks._common import clock, compare_paired, finish, paired, parser, tabulate
-from secura_lightning.adapters import inject
+from benchmarks.adapters import ours
 from secura_lightning.adapters.describe import summarize_adapter
 from secura_lightning.cli.fit import parse
 from secura_lightning.cli.inspect import InspectCLI
@@ -107,9 +107,7 @@ def main(args: Sequence[str] | None = None) -> None:
     cli = parse(InspectCLI, ["--config", given.config])
     model, tokenizer = load_model(cli.model.spec).to(given.device).eval(), cli.model.tokenizer
     if not given.base:
-        for layer in inject(model, cli.model.adapter).layers.values():
-            layer.calibrated = True  # LoRA-Null on its random basis costs the same
-        model.eval()
+        ours(cli.model.adapter)(model).eval()
     lines = []
     for task in cli.datamodule.tasks:
         rows = random.Random(0).sample(task.rows("test"), min(limit, len(task.rows("test"))))

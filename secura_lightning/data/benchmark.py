@@ -148,6 +148,15 @@ class BenchmarkTask(Task):
         records = self.source.records(split)
         return self._draw(split, len(records), lambda i: self._row(records[i], i, split, split))
 
+    def require_source(self) -> None:
+        """Refuse a task that has no benchmark of its own and was given no data.
+
+        Raises:
+            ConfigError: Neither a path nor a dataset of the hub is set.
+        """
+        if self.path is None and self.dataset is None:
+            raise ConfigError(f"task '{self.name}': give init_args.path (a folder or file) or init_args.hub_id")
+
     @cached_property
     def source(self) -> Source:
         """Where the records come from."""

@@ -233,13 +233,13 @@ class SequenceDataModule(LightningDataModule):
 
     def _steps(self, window: int) -> list[int]:
         if self.steps_per_task is not None:
-            steps = _per_task(self.steps_per_task, len(self.tasks))
+            steps = [int(n) for n in _per_task(self.steps_per_task, len(self.tasks))]
         else:
             epochs = _per_task(self.epochs_per_task or 1, len(self.tasks))
             steps = [math.ceil(n * len(rows) / window) for n, rows in zip(epochs, self.encoded, strict=True)]
         for task, n in zip(self.tasks, steps, strict=True):
-            rank_zero_info(f"task '{task.name}': optimizer steps {int(n)}, rows a step {window}")
-        return [int(n) for n in steps]
+            rank_zero_info(f"task '{task.name}': optimizer steps {n}, rows a step {window}")
+        return steps
 
 
 def _per_task(value: float | Sequence[float], n: int) -> list[float]:

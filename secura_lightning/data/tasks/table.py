@@ -52,8 +52,7 @@ class TableTask(BenchmarkTask):
         if choices is None and answer_is != "text":
             raise ConfigError(f"task '{name}': init_args.answer_is: {answer_is} needs init_args.choices")
         super().__init__(name=name, metric=metric or "accuracy", template=template, **kwargs)
-        if self.path is None and self.dataset is None:
-            raise ConfigError(f"task '{name}': give init_args.path (a folder or file) or init_args.hub_id")
+        self.require_source()
         self.answer = answer
         self.answer_template = Template(answer, f"task '{name}': init_args.answer") if "{" in answer else None
         self.answer_is = answer_is

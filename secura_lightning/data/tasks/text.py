@@ -8,7 +8,6 @@ from secura_lightning.data.benchmark import BenchmarkTask
 from secura_lightning.data.read import Record
 from secura_lightning.data.rows import Row
 from secura_lightning.data.task import Split
-from secura_lightning.errors import ConfigError
 
 
 class TextTask(BenchmarkTask):
@@ -38,8 +37,7 @@ class TextTask(BenchmarkTask):
             name=name, metric="perplexity", template=template, separator="", stop=None, max_answer_words=None,
             max_new_tokens=1, **kwargs,
         )  # fmt: skip
-        if self.path is None and self.dataset is None:
-            raise ConfigError(f"task '{name}': give init_args.path (a folder or file) or init_args.hub_id")
+        self.require_source()
 
     def to_row(self, id: str, record: Record, split: Split) -> Row:
         """A document: a row without a prompt."""
