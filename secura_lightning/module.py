@@ -23,7 +23,7 @@ from secura_lightning.callbacks.tasks import TaskEnd, TaskStart
 from secura_lightning.callbacks.tensorboard import log_scalars
 from secura_lightning.data.encode import pad_id
 from secura_lightning.data.sequence import SequenceDataModule
-from secura_lightning.engine import ShardedStrategy
+from secura_lightning.engine import ShardedStrategy, check_optimizer
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.export.saved import start_from
 from secura_lightning.modeling.calibrate import Calibration, SelfCalibration, TaskCalibration, accumulate, calibrate
@@ -46,7 +46,14 @@ from secura_lightning.modeling.packing import check_packing, packed_inputs
 from secura_lightning.modeling.shard import load_sharded
 from secura_lightning.resumed import first_difference
 from secura_lightning.schedule import Schedule
-from secura_lightning.strategies.base import check_adapter, check_resumed, complete, describe, strategies_of
+from secura_lightning.strategies.base import (
+    check_adapter,
+    check_resumed,
+    check_sharded,
+    complete,
+    describe,
+    strategies_of,
+)
 from secura_lightning.strategies.joint import join
 from secura_lightning.strategies.ranks import most
 
@@ -189,11 +196,15 @@ class ContinualModule(LightningModule):
         """
         strategies = strategies_of(self.trainer)
         check_adapter(strategies, self.adapter)
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            check_sharded(strategies, self.adapter)
         return [*complete(strategies), TaskStart(), TaskEnd()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the trained tensors alone, with a schedule that restarts at every task."""
         optimizer = self.optimizer(self.adapters.trainable_parameters())
+        if isinstance(self.trainer.strategy, ShardedStrategy) and self.adapter.whole_weights:
+            check_optimizer(optimizer)
         scheduler = LambdaLR(optimizer, self._multiplier)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -64,6 +64,9 @@ class AdapterConfig(ABC):
     accumulates: ClassVar[bool] = False
     """Whether they take another start at every task's end, from the second moments of the task's inputs too."""
 
+    whole_weights: ClassVar[bool] = False
+    """Whether layers train tensors as large as the base's, which a sharded run spreads over the processes too."""
+
     @abstractmethod
     def build(self, name: str, base: nn.Module, generator: torch.Generator) -> AdapterLayer:
         """Wrap ``base``, which is found at ``name`` in the model.

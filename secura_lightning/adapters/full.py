@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from secura_lightning.adapters.base import ALL_LINEAR, AdapterLayer, TargetedConfig, require
-from secura_lightning.adapters.numerics import dense_weight, is_linear, is_quantized, stored_layout
+from secura_lightning.adapters.numerics import dense_weight, gathered, is_linear, is_quantized, stored_layout
 from secura_lightning.errors import ConfigError
 
 EVERYTHING = "everything"
@@ -27,6 +27,7 @@ class FullConfig(TargetedConfig):
     """Full fine-tuning of the targets: `all-linear`, `everything` (embeddings, norms and head too), or names."""
 
     keywords: ClassVar[tuple[str, ...]] = (ALL_LINEAR, EVERYTHING)
+    whole_weights: ClassVar[bool] = True
 
     def accepts(self, module: nn.Module) -> bool:
         """Linear modules for `all-linear`, otherwise every module that owns parameters."""
@@ -140,14 +141,15 @@ class FullLayer(AdapterLayer):
         """W_t - W0 in the working type, (out, in) for linear modules and in the weight's own shape otherwise."""
         if self.tuned_weight is None:
             raise AttributeError(f"{type(self.base).__name__} has no weight")
-        tuned = stored_layout(self.base, self.tuned_weight.detach())
+        tuned = stored_layout(self.base, gathered(self.tuned_weight.detach()))
         return tuned - dense_weight(self.base).to(tuned.dtype)
 
     def delta_bias(self) -> Tensor | None:
         """b_t - b_0, or None without a bias."""
         if self.tuned_bias is None:
             return None
-        return self.tuned_bias.detach() - cast(Tensor, self.base.bias).detach().to(self.tuned_bias.dtype)
+        tuned, own = gathered(self.tuned_bias.detach()), gathered(cast(Tensor, self.base.bias).detach())
+        return tuned - own.to(tuned.dtype)
 
     def merged_weight(self, onto: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """W_t rounded to the base's type: not W0 + (W_t - W0), whose rounding could differ."""

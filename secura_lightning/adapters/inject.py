@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secura_lightning.adapters.base import AdapterConfig, AdapterLayer, Fusion
 from secura_lightning.adapters.describe import summarize_adapter
-from secura_lightning.adapters.numerics import is_quantized, module_generator
+from secura_lightning.adapters.numerics import is_quantized, module_generator, spread_like
 from secura_lightning.adapters.targets import match_targets
 from secura_lightning.errors import SecuraError
 
@@ -163,8 +163,9 @@ class AdapterSet:
                 )
         self.resize({key: value.shape for key, value in state.items()})
         for key, value in self.state_dict().items():
-            if value.data_ptr() != state[key].data_ptr():
-                value.copy_(state[key])
+            source = spread_like(state[key], value)
+            if source is not state[key] or source.data_ptr() != value.data_ptr():  # a sharded tensor's address is 0
+                value.copy_(source)
         for layer in self.layers.values():
             layer.refresh()
 

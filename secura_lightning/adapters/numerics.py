@@ -65,9 +65,7 @@ def dense_weight(module: nn.Module) -> Tensor:
     Raises:
         SecuraError: An 8-bit layer has no scales yet, because the model was never moved to its device.
     """
-    weight = cast(Tensor, module.weight).detach()
-    if hasattr(weight, "full_tensor"):  # sharded, and not within its block's forward: gathered, a collective call
-        weight = cast(Tensor, weight.full_tensor())
+    weight = gathered(cast(Tensor, module.weight).detach())
     if is_conv1d(module):
         return weight.t()
     if _has_class_named(module, "Linear4bit"):
@@ -75,6 +73,21 @@ def dense_weight(module: nn.Module) -> Tensor:
     if _has_class_named(module, "Linear8bitLt"):
         return _dequantize_8bit(module)
     return weight
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """``tensor`` itself, or all of it where it is spread over processes: a collective call."""
+    return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """``value``, which every process has whole, spread over the processes if ``like`` is; nothing is sent."""
+    if not hasattr(like, "full_tensor") or hasattr(value, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
 
 
 def _dequantize_4bit(module: nn.Linear) -> Tensor:

@@ -38,7 +38,7 @@ def main(args: list[str]) -> int:
     spec = stored_in(module.spec, precision)
     shards = 1
     if is_sharding(trainer.get("strategy")):
-        check_shardable(spec, module.adapter)
+        check_shardable(spec)
         shards = max(1, device_count(trainer.get("devices"))) * int(trainer.get("num_nodes") or 1)
     vocabulary = load_config(spec).get_text_config().vocab_size
     chunked = vocabulary >= LARGE_VOCABULARY if module.chunked_loss is None else module.chunked_loss

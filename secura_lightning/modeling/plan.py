@@ -1,8 +1,6 @@
 """How much memory a run takes, from the model's config alone: nothing is loaded, nothing is computed.
 
-The model is built of fake tensors, which have shapes and types but no memory. Its adapters are shaped after small real
-ones: an adapter is built on a matrix whose sides are two primes, and each side of its tensors that is one of the primes
-stands for that side. Then one forward pass of the fake model tells what autograd keeps.
+One forward pass of a model of fake tensors (:mod:`secura_lightning.modeling.fake`) tells what autograd keeps.
 
     device = base weights + adapters + gradients + optimizer + what backward needs + logits
 
@@ -12,29 +10,25 @@ what calibration takes before training and between tasks: the second moments of 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secura_lightning.adapters import AdapterConfig, AdapterLayer, LoRANullSequenceConfig
 from secura_lightning.adapters.null_sequence import packed_size
-from secura_lightning.adapters.numerics import is_conv1d, is_linear, linear_shape, module_generator
-from secura_lightning.adapters.targets import match_targets
-from secura_lightning.modeling.load import BaseSpec, blocks_of, load_config
+from secura_lightning.adapters.numerics import is_linear, linear_shape
+from secura_lightning.modeling.fake import fake_adapters, fake_model, own_tensors, real_tensors
+from secura_lightning.modeling.load import BaseSpec, blocks_of
 from secura_lightning.modeling.loss import CHUNK_LOGITS
 
-# Sides of the small matrices. Primes that no setting is likely to have; the large ones for large ranks.
-_SIDES = ((499, 503), (1999, 2003))
-_SMALL = 1 << 18  # weights up to this size are built as they are
 _STATE_ROWS = (128, 256)  # of 128 weights each, of the parameters that an optimizer's state is measured on
 
 
@@ -84,7 +78,7 @@ class Shape:
         autocast: Type of products under mixed precision, or None.
         checkpointing: Whether blocks are computed again in backward.
         chunked: Whether the logits are never held whole.
-        shards: Devices that the base is spread over; 1 where each has all of it.
+        shards: Devices that the base is spread over, and whole trained weights with it; 1 where each has all of it.
     """
 
     rows: int
@@ -116,134 +110,31 @@ def estimate(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = fake_model(spec)
         parameters = sum(p.numel() for p in model.parameters())
-        weights = _weight_bytes(model, spec, shape.shards)
+        weights = _gathered(model, _weight_bytes(model, spec), shape.shards)
         buffers = _bytes(model.buffers())
         layers = fake_adapters(model, config)
-        trained = list({id(p): p for layer in layers.values() for p in _own(layer.parameters(), layer.base)}.values())
-        kept = _bytes(b for layer in layers.values() for b in _own(layer.buffers(), layer.base))
+        own = [p for layer in layers.values() for p in own_tensors(layer.parameters(), layer.base)]
+        trained = {id(p): _bytes([p]) for p in own}
+        shards = shape.shards if config.whole_weights else 1
+        adapters = _gathered(model, trained, shards)
+        gradients = _gathered(model, trained, shards, blocks=1)
+        kept = _bytes(b for layer in layers.values() for b in own_tensors(layer.buffers(), layer.base))
         activations, width = _activations(model, shape)
         moments = _moment_bytes(model, layers, config) if isinstance(config, LoRANullSequenceConfig) else 0
     state = optimizer_bytes(optimizer)
-    trainable = sum(p.numel() for p in trained)
+    each = {id(p): p for p in own}.values()
     return Memory(
         parameters=parameters,
-        trainable=trainable,
+        trainable=sum(p.numel() for p in each),
         weights=weights,
-        adapters=_bytes(trained) + kept,
-        gradients=_bytes(trained),
-        optimizer=round(sum(state(p) for p in trained)),
+        adapters=adapters + kept,
+        gradients=gradients,
+        optimizer=round(sum(state(p) for p in each) / shards),
         buffers=buffers,
         activations=activations,
         logits=_logit_bytes(model, shape, width),
         moments=moments,
     )
-
-
-def fake_model(spec: BaseSpec) -> PreTrainedModel:
-    """The model without memory; call it, and use it, within a ``FakeTensorMode``."""
-    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "dtype": getattr(torch, spec.dtype)}
-    if spec.quantization != "none":  # packed weights are multiplied in their compute type
-        options["dtype"] = getattr(torch, spec.compute_dtype)
-    if spec.attn_implementation is not None and "flash" not in spec.attn_implementation:
-        options["attn_implementation"] = spec.attn_implementation  # SDPA keeps what FlashAttention keeps
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(load_config(spec), **options)
-    model.tie_weights()
-    model.config.use_cache = False
-    return cast(PreTrainedModel, model.train())
-
-
-# --------------------------------------------------------------------- adapters
-
-
-def fake_adapters(model: nn.Module, config: AdapterConfig) -> dict[str, AdapterLayer]:
-    """What :func:`~secura_lightning.adapters.inject` would put into a fake model, with tensors as fake as its own."""
-    targets = match_targets(model, config)
-    config.check_model(model, targets)
-    made: dict[tuple[Any, ...], AdapterLayer] = {}
-    layers: dict[str, AdapterLayer] = {}
-    clones: dict[int, nn.Parameter] = {}
-    for name, base in targets.items():
-        if is_linear(base):
-            differences: Callable[[str], Any] = getattr(config, "differences", lambda _: {})
-            differs = differences(name)
-            key = (type(base), linear_shape(base), base.bias is None, repr(differs))
-            if key not in made:
-                made[key] = _shaped(name, base, config)
-            layer = _another(made[key])
-            layer._modules["base"] = base
-        else:
-            layer = config.build_at(name, base, module_generator(0, name))
-        layer.share_clones(clones)
-        layers[name] = layer
-    model.requires_grad_(False)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    return layers
-
-
-def _shaped(name: str, base: nn.Module, config: AdapterConfig) -> AdapterLayer:
-    """An adapter of ``base``'s shape without memory, and without ``base``."""
-    rows, columns = linear_shape(base)
-    sizes = [v for v in vars(config).values() if isinstance(v, int)]
-    sides = (rows, columns)
-    if rows * columns > _SMALL:
-        sides = next((s for s in _SIDES if not sizes or max(sizes) < s[0] // 2), (rows, columns))
-    with _real_tensors():
-        generator = torch.Generator().manual_seed(0)
-        small = type(base)(sides[0], sides[1]) if is_conv1d(base) else nn.Linear(sides[1], sides[0])
-        with torch.no_grad():
-            cast(Tensor, small.weight).normal_(generator=generator)
-        if base.bias is None:
-            small.bias = None
-        small.to(cast(Tensor, base.weight).dtype)
-        layer = config.build_at(name, small, module_generator(0, name))
-    layer._modules["base"] = nn.Identity()
-    stands_for = {sides[0]: rows, sides[1]: columns}
-    if sides == (rows, columns):
-        stands_for = {}
-    for module in layer.modules():
-        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for own in tables:
-            for key, value in own.items():
-                if value is not None:
-                    size = [stands_for.get(n, n) for n in value.shape]
-                    fake = torch.empty(size, dtype=value.dtype)
-                    own[key] = nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
-    for key in ("out_features", "in_features"):
-        if key in layer.__dict__:
-            layer.__dict__[key] = stands_for.get(layer.__dict__[key], layer.__dict__[key])
-    return layer
-
-
-def _another(layer: AdapterLayer) -> AdapterLayer:
-    """A layer like ``layer`` with tensors of its own; deepcopy would look for their memory."""
-    twin = copy.copy(layer)
-    twin.__dict__ = dict(layer.__dict__)
-    for kind in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[kind] = {key: _fresh(value) for key, value in layer.__dict__[kind].items()}
-    return twin
-
-
-def _fresh(value: Any) -> Any:
-    if isinstance(value, nn.Parameter):
-        return nn.Parameter(torch.empty(value.shape, dtype=value.dtype), value.requires_grad)
-    return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def _real_tensors() -> Iterator[None]:
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily():
-        yield
-
-
-def _own(tensors: Iterable[Tensor], base: nn.Module) -> list[Any]:
-    """The tensors of an adapter that are not its base's."""
-    theirs = {id(t) for t in (*base.parameters(), *base.buffers())}
-    return [t for t in tensors if id(t) not in theirs]
 
 
 def _moment_bytes(model: PreTrainedModel, layers: dict[str, AdapterLayer], config: LoRANullSequenceConfig) -> int:
@@ -272,7 +163,7 @@ def optimizer_bytes(
 
 
 def _state_bytes(make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer], rows: int) -> int:
-    with _real_tensors(), warnings.catch_warnings():
+    with real_tensors(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         small = nn.Parameter(torch.zeros(rows, 128))
         small.grad = torch.zeros_like(small)
@@ -361,8 +252,8 @@ def _logit_bytes(model: PreTrainedModel, shape: Shape, width: int) -> int:
 # ----------------------------------------------------------------------- weights
 
 
-def _weight_bytes(model: PreTrainedModel, spec: BaseSpec, shards: int) -> int:
-    """Bytes of the base on one device; of a share, with the largest part that is gathered."""
+def _weight_bytes(model: PreTrainedModel, spec: BaseSpec) -> dict[int, int]:
+    """Bytes of each of the base's parameters, by id."""
     stored = getattr(torch, spec.dtype).itemsize
     packed: dict[int, int] = {}
     if spec.quantization != "none":
@@ -372,14 +263,21 @@ def _weight_bytes(model: PreTrainedModel, spec: BaseSpec, shards: int) -> int:
             for module in model.modules()
             if is_linear(module) and module is not head
         }
-    sizes = {id(p): packed.get(id(p), p.numel() * stored) for p in model.parameters()}
+    return {id(p): packed.get(id(p), p.numel() * stored) for p in model.parameters()}
+
+
+def _gathered(model: PreTrainedModel, sizes: dict[int, int], shards: int, blocks: int = 2) -> int:
+    """Bytes on one device of parameters of these sizes, by id: its share, and the largest part that is whole at a time.
+
+    The root stays gathered through the step; of the blocks the running one, and the next on its way. Gradients are
+    whole in the root and in one block.
+    """
     total = sum(sizes.values())
     if shards == 1:
         return total
-    blocks = [sum(sizes[id(p)] for p in block.parameters()) for block in blocks_of(model).values()]
-    root = total - sum(blocks)
-    # The root stays gathered through the step; of the blocks the running one, and the next on its way.
-    return -(-total // shards) + root + 2 * max(blocks, default=0)
+    each = [sum(sizes.get(id(p), 0) for p in block.parameters()) for block in blocks_of(model).values()]
+    root = total - sum(each)
+    return -(-total // shards) + root + blocks * max(each, default=0)
 
 
 def _packed_bytes(numel: int, module: nn.Module, spec: BaseSpec) -> int:

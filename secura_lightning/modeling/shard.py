@@ -5,7 +5,8 @@
 
 No device ever holds more of the base than its own share and one block (or the root). Adapters start from whole
 weights, so their start is that of a single process bit for bit, and every process keeps all of them: they are small,
-their gradients are averaged by :class:`~secura_lightning.engine.ShardedStrategy`, and a checkpoint is the same file as
+and their gradients are averaged by :class:`~secura_lightning.engine.ShardedStrategy`. Full fine-tuning is not small:
+its clones are sharded with the base, and FSDP2 averages their gradients. A checkpoint is in any case the same file as
 that of any other run.
 """
 
@@ -24,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secura_lightning.adapters import AdapterConfig, AdapterLayer, AdapterSet, FullConfig
+from secura_lightning.adapters import AdapterConfig, AdapterLayer, AdapterSet
 from secura_lightning.adapters.numerics import module_generator
 from secura_lightning.adapters.targets import match_targets
 from secura_lightning.errors import ConfigError, SecuraError
@@ -70,7 +71,7 @@ def load_sharded(
         ConfigError: The combination cannot be sharded.
         SecuraError: The weights cannot be read.
     """
-    check_shardable(spec, config)
+    check_shardable(spec)
     model = empty_model(spec)
     targets = match_targets(model, config)
     config.check_model(model, targets)
@@ -84,24 +85,25 @@ def load_sharded(
             loader.materialise(prefix, unit)
             inside = f"{prefix}." if prefix else ""
             own = {name: t for name, t in targets.items() if name not in layers and name.startswith(inside)}
+            clones: dict[int, nn.Parameter] = {}  # within one unit: ids mean nothing once its weights are let go
             for name, base in own.items():
                 layers[name] = config.build_at(name, base, module_generator(seed, name))
+                layers[name].share_clones(clones)
                 base.requires_grad_(False)
                 model.set_submodule(name, layers[name])
-            adapted = {
-                p for layer in layers.values() for _, p in layer.adapter_tensors() if isinstance(p, nn.Parameter)
-            }
+            tensors = [t for layer in layers.values() for _, t in layer.adapter_tensors()]
+            whole = {t for t in tensors if isinstance(t, nn.Parameter) and not config.whole_weights}
             # The root's weights serve the first and the last product of a step: gathering them once is enough.
-            fully_shard(unit, mesh=mesh, reshard_after_forward=bool(prefix), ignored_params=adapted)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=bool(prefix), ignored_params=whole)
     ordered = {name: layers[name] for name in targets}
     return model, AdapterSet(model, config, ordered), combine_prints(prints)
 
 
-def check_shardable(spec: BaseSpec, config: AdapterConfig) -> None:
+def check_shardable(spec: BaseSpec) -> None:
     """Refuse what cannot be sharded.
 
     Raises:
-        ConfigError: The base is quantised or random, or the adapter clones whole weights.
+        ConfigError: The base is quantised or random.
     """
     if spec.quantization != "none":
         raise ConfigError(
@@ -110,11 +112,6 @@ def check_shardable(spec: BaseSpec, config: AdapterConfig) -> None:
         )
     if spec.init == "random":
         raise ConfigError("model.init: random cannot be sharded: use trainer.strategy: ddp")
-    if isinstance(config, FullConfig):
-        raise ConfigError(
-            "model.adapter: FullConfig clones whole weights, which this program does not shard: use "
-            "trainer.strategy: ddp, or another adapter"
-        )
 
 
 def is_sharded(model: nn.Module | None) -> bool:

@@ -31,6 +31,7 @@ class AGEM(Drawing):
     """
 
     order: ClassVar[int] = 90
+    needs_tensors: ClassVar[bool] = True
 
     def __init__(self, reference_rows: int | None = None) -> None:
         if reference_rows is not None and reference_rows < 1:

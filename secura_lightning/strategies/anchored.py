@@ -27,6 +27,7 @@ class AnchoredPenalty(Strategy):
     """
 
     needs_anchors = True
+    needs_tensors = True
 
     def __init__(self, strength: float) -> None:
         self.strength = strength

@@ -38,6 +38,8 @@ class Strategy(Callback):
     """While true, batches are drawn and steps counted, but nothing is trained."""
     needs_anchors: ClassVar[bool] = False
     """Whether it compares or averages the adapters' coordinates over tasks."""
+    needs_tensors: ClassVar[bool] = False
+    """Whether it reads or writes the trained tensors themselves, and so needs each of them whole in every process."""
     needs_logits: ClassVar[bool] = False
     """Whether :meth:`shape_loss` reads ``batch["logits"]``."""
     tokens_beside: tuple[int, int] = (0, 0)
@@ -162,6 +164,21 @@ def check_adapter(strategies: Sequence[Strategy], config: AdapterConfig) -> None
             raise ConfigError(
                 f"trainer.callbacks.{type(strategy).__name__}: {type(config).__name__} takes new coordinates "
                 "for every task, which nothing can hold on to: use LoRANullConfig, or a strategy such as ER"
+            )
+
+
+def check_sharded(strategies: Sequence[Strategy], config: AdapterConfig) -> None:
+    """Refuse strategies that need tensors whole which a sharded base spreads over the processes.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for strategy in strategies:
+        if config.whole_weights and strategy.needs_tensors:
+            raise ConfigError(
+                f"trainer.callbacks.{type(strategy).__name__}: holds {type(config).__name__}'s weights whole in every "
+                "process, and trainer.strategy: ShardedStrategy spreads them: use trainer.strategy: ddp, another "
+                "adapter, or a strategy such as ER"
             )
 
 

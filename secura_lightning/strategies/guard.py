@@ -56,6 +56,7 @@ class RetentionGuard(Strategy):
     """
 
     order: ClassVar[int] = 5  # at a task's end before those that remember where it ended
+    needs_tensors: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -56,6 +56,7 @@ class ILoRA(Replay):
     order: ClassVar[int] = 10
 
     needs_anchors = True
+    needs_tensors = True
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ class LwF(Strategy):
 
     order: ClassVar[int] = 30
     needs_logits: ClassVar[bool] = True
+    needs_tensors: ClassVar[bool] = True
 
     def __init__(self, alpha: float = 1.0, temperature: float = 2.0, tokens: Tokens = "prompt") -> None:
         for key, value in (("alpha", alpha), ("temperature", temperature)):

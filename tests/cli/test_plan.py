@@ -24,7 +24,7 @@ from secura_lightning.adapters import (
 )
 from secura_lightning.cli import plan as command
 from secura_lightning.cli.main import main
-from secura_lightning.modeling import plan as module
+from secura_lightning.modeling import fake as module
 from secura_lightning.modeling.gram import stream_grams
 from secura_lightning.modeling.load import BaseSpec, load_model
 from secura_lightning.modeling.plan import Shape, estimate, optimizer_bytes
@@ -147,6 +147,22 @@ def test_what_saves_memory_is_planned_to_save_it() -> None:
     large = {"rows": 8, "length": 4096}
     whole = estimate(BaseSpec(), LoRAConfig(rank=4), Shape(**large), adamw).logits
     assert estimate(BaseSpec(), LoRAConfig(rank=4), Shape(**large, chunked=True), adamw).logits < 0.4 * whole
+
+
+def test_sharded_full_fine_tuning_is_planned_by_shares() -> None:
+    config = FullConfig(targets="everything")
+    one, four = (estimate(BaseSpec(), config, Shape(rows=2, length=24, shards=n), adamw) for n in (1, 4))
+    assert four.trainable == one.trainable
+    assert four.optimizer == pytest.approx(one.optimizer / 4, rel=1e-3)
+    root = 4 * (one.trainable - 4 * _block_size())
+    assert four.gradients == pytest.approx(one.gradients / 4 + root + 4 * _block_size(), abs=4)
+    assert four.adapters == pytest.approx(one.adapters / 4 + root + 2 * 4 * _block_size(), abs=4)
+    whole, shared = (estimate(BaseSpec(), LoRAConfig(rank=4), Shape(2, 24, shards=n), adamw) for n in (1, 4))
+    assert (whole.adapters, whole.gradients, whole.optimizer) == (shared.adapters, shared.gradients, shared.optimizer)
+
+
+def _block_size() -> int:
+    return sum(p.numel() for p in load_model(BaseSpec()).model.layers[0].parameters())
 
 
 def test_an_optimizers_state_is_measured_on_two_small_parameters() -> None:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from secura_lightning.adapters.numerics import gathered
+
 
 class SameEverywhere(Callback):
     """After every optimizer step all ranks hold the same adapters, bit for bit."""
@@ -18,9 +20,8 @@ class SameEverywhere(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         digest = hashlib.sha256()
         for key, value in sorted(pl_module.state_dict().items()):
-            digest.update(
-                key.encode() + value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-            )
+            whole = gathered(value.detach()).cpu().reshape(-1).contiguous()
+            digest.update(key.encode() + whole.view(torch.uint8).numpy().tobytes())
         found: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(found, digest.hexdigest())
         assert len(set(found)) == 1, f"adapters differ at step {trainer.global_step}"

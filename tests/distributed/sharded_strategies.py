@@ -17,7 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from secura_lightning import module
-from secura_lightning.adapters import LoRAConfig, SECURAConfig
+from secura_lightning.adapters import FullConfig, LoRAConfig, SECURAConfig
+from secura_lightning.adapters.numerics import gathered
 from secura_lightning.data.probe import Probe
 from secura_lightning.data.rows import Row
 from secura_lightning.data.task import Split
@@ -96,6 +97,8 @@ SCENARIOS: dict[str, Scenario] = {
     "DERPP, nothing on one rank": (lambda: [buffer(), DERPP()], {}, TWO_ROWS),
     "AGEM": (lambda: [buffer(), L2SP(1.0), AGEM(5)], {}, UNEVEN),
     "AGEM, nothing on one rank": (lambda: [buffer(), AGEM(5)], {}, TWO_ROWS),
+    "ER, full fine-tuning": (lambda: [buffer(), ER(0.4)], {"adapter": FullConfig(targets=TARGETS)}, UNEVEN),
+    "DERPP, full fine-tuning": (lambda: [buffer(), DERPP()], {"adapter": FullConfig(targets=TARGETS)}, TWO_ROWS),
     "EWC": (lambda: [ewc()], {}, UNEVEN),
     "EWC, less than a row a rank": (
         lambda: [ewc(1, SelfCalibration(samples=3, max_length=12, batch_size=2, cache=None))],
@@ -169,7 +172,7 @@ def run(root: Path, base: str, name: str, sharded: bool, saved: Path, resume: bo
     every: list[Any] = [None, None]
     dist.all_gather_object(every, decisions.alone)
     return {
-        "tensors": {key: value.clone() for key, value in trainer.lightning_module.state_dict().items()},
+        "tensors": {key: gathered(value).clone() for key, value in trainer.lightning_module.state_dict().items()},
         "strategies": {type(one).__name__: one.state_dict() for one in strategies_of(trainer)},
         "apart": every,
     }

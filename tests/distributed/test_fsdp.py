@@ -9,9 +9,20 @@ import pytest
 import torch
 
 from secura_lightning.adapters import FullConfig, LoRAConfig
+from secura_lightning.engine import check_optimizer
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.modeling.load import BaseSpec, fingerprint, load_model
 from secura_lightning.modeling.shard import WeightFiles, check_shardable, empty_model
+from secura_lightning.strategies.agem import AGEM
+from secura_lightning.strategies.base import Strategy, check_sharded
+from secura_lightning.strategies.buffer import ReplayBuffer
+from secura_lightning.strategies.derpp import DERPP
+from secura_lightning.strategies.er import ER
+from secura_lightning.strategies.ewc import EWC
+from secura_lightning.strategies.guard import RetentionGuard
+from secura_lightning.strategies.ilora import ILoRA
+from secura_lightning.strategies.l2sp import L2SP
+from secura_lightning.strategies.lwf import LwF
 from tests.distributed.conftest import EXACT, finished, run_jobs, write
 from tests.distributed.test_ddp import assert_close, split
 from tests.integration.conftest import Fit, fit_into
@@ -29,12 +40,15 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "class_path": "SECURAConfig",
         "init_args": {"c": 8, "a": 12, "norm": "row", "fusion": "base", "restraint": True, **TARGETS},
     },
+    "full": {"class_path": "FullConfig", "init_args": TARGETS},
+    "everything": {"class_path": "FullConfig", "init_args": {"targets": "everything"}},  # the tied head and embeddings
 }
 SHARDED = {
     "trainer.devices": 2,
     "trainer.strategy": {"class_path": "ShardedStrategy"},
     "trainer.callbacks": [{"class_path": "tests.distributed.callbacks.SameEverywhere"}],
 }
+ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 0.1}}
 CALIBRATION = {
     "class_path": "SelfCalibration",
     "init_args": {"samples": 4, "max_length": 12, "batch_size": 2, "cache": None},
@@ -45,6 +59,8 @@ def changes_of(name: str) -> dict[str, Any]:
     changes: dict[str, Any] = {"model.adapter": ADAPTERS[name], "forgetting.limit": 4}
     if name == "null":
         changes["model.calibration"] = CALIBRATION
+    if name == "everything":
+        changes |= {"trainer.gradient_clip_val": 0.5, "model.optimizer": ADAMW}
     if name == "lora":  # everything that saves memory, in the same run
         changes |= {"model.chunked_loss": True, "model.activation_checkpointing": True}
     return changes
@@ -53,23 +69,31 @@ def changes_of(name: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_shards_equal_one_process_and_resume_on_another_number(tmp_path: Path) -> None:
     lines = [write(tmp_path, name, {**SHARDED, **split(4, 1), **changes_of(name)}) for name in ADAPTERS]
-    lines += [write(tmp_path, "accumulated", {**SHARDED, **split(2, 2), **changes_of("secura")})]
+    for name in ("secura", "everything"):
+        lines += [write(tmp_path, f"{name}-accumulated", {**SHARDED, **split(2, 2), **changes_of(name)})]
     run_jobs(tmp_path, lines)
     singles: dict[str, Fit] = {}
     for name in ADAPTERS:
         (tmp_path / name).mkdir()
         singles[name] = fit_into(tmp_path / name, {**EXACT, **split(8, 1), **changes_of(name)})
         assert_close(finished(tmp_path, name), singles[name], 1e-8)
-    assert_close(finished(tmp_path, "accumulated"), singles["secura"], 1e-8)
 
     # After the second task, on one process and on two.
-    middle = str(next(finished(tmp_path, "secura").folder.glob("checkpoints/task2-*.ckpt")))
-    again = {**split(8, 1), **changes_of("secura")}
-    assert_close(fit_into(tmp_path, {**EXACT, **again}, ("--ckpt_path", middle)), singles["secura"], 1e-8)
-    alone = str(next(singles["secura"].folder.glob("checkpoints/task2-*.ckpt")))
-    two = write(tmp_path, "resumed", {**SHARDED, **split(4, 1), **changes_of("secura")})
-    run_jobs(tmp_path, [[*two, "--ckpt_path", alone]])
-    assert_close(finished(tmp_path, "resumed"), singles["secura"], 1e-8)
+    lines = []
+    for name in ("secura", "everything"):
+        assert_close(finished(tmp_path, f"{name}-accumulated"), singles[name], 1e-8)
+        middle = str(next(finished(tmp_path, name).folder.glob("checkpoints/task2-*.ckpt")))
+        again = {**split(8, 1), **changes_of(name)}
+        (tmp_path / f"{name}-again").mkdir()
+        assert_close(
+            fit_into(tmp_path / f"{name}-again", {**EXACT, **again}, ("--ckpt_path", middle)), singles[name], 1e-8
+        )
+        alone = str(next(singles[name].folder.glob("checkpoints/task2-*.ckpt")))
+        two = write(tmp_path, f"{name}-resumed", {**SHARDED, **split(4, 1), **changes_of(name)})
+        lines.append([*two, "--ckpt_path", alone])
+    run_jobs(tmp_path, lines)
+    for name in ("secura", "everything"):
+        assert_close(finished(tmp_path, f"{name}-resumed"), singles[name], 1e-8)
 
 
 def test_the_empty_model_is_the_model_without_its_weights() -> None:
@@ -115,18 +139,41 @@ def test_one_sharded_process_loads_what_load_model_loads(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("spec", "adapter", "message"),
+    ("spec", "message"),
     [
-        (BaseSpec(quantization="nf4"), LoRAConfig(), r"model\.quantization: nf4 cannot be sharded"),
-        (BaseSpec(init="random"), LoRAConfig(), r"model\.init: random cannot be sharded"),
-        (BaseSpec(), FullConfig(), r"model\.adapter: FullConfig clones whole weights"),
+        (BaseSpec(quantization="nf4"), r"model\.quantization: nf4 cannot be sharded"),
+        (BaseSpec(init="random"), r"model\.init: random cannot be sharded"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused_in_one_line(spec: BaseSpec, adapter: Any, message: str) -> None:
+def test_what_cannot_be_sharded_is_refused_in_one_line(spec: BaseSpec, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        check_shardable(spec, adapter)
+        check_shardable(spec)
     assert "\n" not in str(caught.value)
     assert "use " in str(caught.value)
+
+
+STRATEGIES: list[Strategy] = [EWC(0.1), L2SP(1.0), ILoRA(), AGEM(), LwF(), RetentionGuard()]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
+def test_strategies_that_need_whole_weights_are_refused_where_these_are_sharded(strategy: Strategy) -> None:
+    check_sharded([strategy], LoRAConfig())
+    with pytest.raises(ConfigError, match=rf"trainer\.callbacks\.{type(strategy).__name__}: .*: use ") as caught:
+        check_sharded([ReplayBuffer(), strategy], FullConfig())
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_alone_go_with_sharded_weights() -> None:
+    check_sharded([ReplayBuffer(), ER()], FullConfig())
+    check_sharded([ReplayBuffer(), DERPP()], FullConfig())
+
+
+def test_an_optimizer_that_knows_no_sharded_tensors_is_refused() -> None:
+    optimizers = pytest.importorskip("bitsandbytes").optim
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    check_optimizer(torch.optim.AdamW(parameters))
+    with pytest.raises(ConfigError, match=r"model\.optimizer: AdamW8bit of bitsandbytes .*: use torch\.optim\.AdamW"):
+        check_optimizer(optimizers.AdamW8bit(parameters))
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
