@@ -44,7 +44,7 @@ from secura_lightning.modeling.load import (
 from secura_lightning.modeling.loss import ChunkedLoss, choose_loss, summed_cross_entropy
 from secura_lightning.modeling.packing import check_packing, packed_inputs
 from secura_lightning.modeling.shard import load_sharded
-from secura_lightning.resumed import first_difference
+from secura_lightning.resumed import first_difference, recount
 from secura_lightning.schedule import Schedule
 from secura_lightning.strategies.base import (
     check_adapter,
@@ -142,6 +142,7 @@ class ContinualModule(LightningModule):
         self.start = start
         self.base_fingerprint = ""
         self._chunked: ChunkedLoss | None = None
+        self._window: dict[str, Tensor] = {}  # sums over the micro-batches of a window so far, to log
         self._restored_rng: dict[str, Any] | None = None
         # The trained tensors are checked by name when a checkpoint is loaded; Lightning must not expect the base's.
         self.strict_loading = False
@@ -243,7 +244,9 @@ class ContinualModule(LightningModule):
         # Lightning divides by the micro-batches and DDP by the ranks: undo both, the window's count replaces them.
         share = self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["window_tokens"]
         loss = total * share
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
+        if batch_idx % self._data.plan.accumulate == 0:
+            self._window = {}
+        self.log_share("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
         self.log("train/padding_efficiency", batch["padding_efficiency"], batch_size=len(batch["input_ids"]))
         passed: dict[str, Any] = {} if joint is None else {"beside_loss": losses[1]}
         if logits is not None:
@@ -252,6 +255,18 @@ class ContinualModule(LightningModule):
         for strategy in strategies:
             loss = strategy.shape_loss(self.trainer, self, loss, batch, batch_idx)
         return loss
+
+    def log_share(self, name: str, share: Tensor, **how: Any) -> None:
+        """Log a value that every micro-batch of a window has a share of, as a whole at the window's end.
+
+        Args:
+            name: Its name.
+            share: Scalar; the window's value is the mean of these over its micro-batches.
+            **how: What Lightning's ``log`` takes.
+        """
+        so_far = self._window.get(name)
+        self._window[name] = share.detach() if so_far is None else so_far + share.detach()
+        self.log(name, self._window[name] / self._data.plan.accumulate, **how)
 
     def _losses(
         self, batch: dict[str, Any], sizes: list[int], needed: bool = False
@@ -274,8 +289,8 @@ class ContinualModule(LightningModule):
     def on_fit_start(self) -> None:
         """Calibrate what starts from calibration text, unless a checkpoint brought the start (it is loaded by now), and
         make sure that packed rows stay apart."""
-        if isinstance(self.calibration, TaskCalibration):  # rendered as the tasks of the sequence are
-            self.calibration.task.chat, self.calibration.task.system = self._data.chat, self._data.system
+        if isinstance(self.calibration, TaskCalibration):
+            self._data.render(self.calibration.task)
         calibrate(self.adapters, self.tokenizer, self.calibration, self.base_fingerprint, self.seed)
         with self.trainer.precision_plugin.forward_context():
             self._chunked = choose_loss(self.model, self.chunked_loss)
@@ -297,14 +312,17 @@ class ContinualModule(LightningModule):
         """Log the task and the learning rate and let the adapters act, after every whole optimizer step."""
         step = self.trainer.global_step
         self.log("train/task", float(self._data.plan.locate_step(step - 1)[0] + 1), batch_size=1)
-        self.log("train/lr", self._torch_optimizer().param_groups[0]["lr"], batch_size=1)
+        highest = self._torch_optimizer().param_groups[0]["initial_lr"]
+        # Not the group's own rate: the scheduler has moved on to the next step's.
+        self.log("train/lr", highest * self._multiplier(step - 1), batch_size=1)
         self._settle(self.adapters.after_step(step))
 
     def on_task_end(self, index: int) -> None:
         """Let the adapters fuse what the task taught them, and make room for the next one."""
         self._settle(self.adapters.end_task())
         if index + 1 < len(self._data.tasks):
-            accumulate(self.adapters, self.tokenizer, self._data.tasks[index], self.calibration, self.seed)
+            rows, name = self._data.encoded[index], self._data.tasks[index].name
+            accumulate(self.adapters, self.tokenizer, rows, name, self.calibration, self.seed)
 
     def _settle(self, fusion: Fusion) -> None:
         """Forget the moments of tensors that a fusion set back, and log what it did."""
@@ -361,6 +379,8 @@ class ContinualModule(LightningModule):
             raise SecuraError("--ckpt_path: not a checkpoint of secura_lightning (no adapter identity inside)")
         check_identity(then, self.identity())
         check_resumed(checkpoint.get("strategies", {}), describe(strategies_of(self.trainer)))
+        data, now = checkpoint.get(type(self._data).__qualname__, {}), self._data.plan.accumulate
+        recount(checkpoint, data.get("accumulate", now), now)
         self._restored_rng = checkpoint.get("rng")
 
 

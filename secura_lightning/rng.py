@@ -33,7 +33,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any], rank: int) -> None:
-    """Put back what :func:`capture` took for ``rank``; a rank that did not exist then keeps its own state."""
+    """Put back what :func:`capture` took for ``rank``; a rank or a GPU that did not exist then keeps its own state."""
     if rank >= len(state["ranks"]):
         return
     mine = state["ranks"][rank]
@@ -43,4 +43,4 @@ def restore(state: dict[str, Any], rank: int) -> None:
     name, keys, position, has_gauss, cached = mine["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
     if mine["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(mine["cuda"])
+        torch.cuda.set_rng_state_all(mine["cuda"][: torch.cuda.device_count()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -52,7 +53,8 @@ class SequenceCheckpoint(Checkpoint):
         asked = self._request.agreed(trainer)
         if ended and self.keep_tasks:
             index = data.plan.locate(batch_idx).task
-            self._save(trainer, f"task{index + 1}-{data.tasks[index].name}.ckpt")
+            name = quote(data.tasks[index].name, safe=" ")  # a task may be called what it likes
+            self._save(trainer, f"task{index + 1}-{name}.ckpt")
         if asked or ended or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer, LAST)
         if asked:

@@ -3,7 +3,8 @@
     secura eval --config C.yaml [--ckpt F | --model DIR] [any key of fit] [--out DIR]
 
 Without --ckpt and --model it is the configuration's base model that is scored. Scores come as `fit` computes them: a
-run's last checkpoint gives the last line of its table. --out (evaluations/NAME by default) gets eval.json and every
+run's last checkpoint gives the last line of its table, on the held-out part of the probe where the configuration has a
+guard that watches the other. --out (evaluations/NAME by default) gets eval.json and every
 single prediction. --lm-eval TASKS scores tasks of lm-eval (`pip install 'secura_lightning[eval]'`), with or without
 --config.
 """
@@ -27,6 +28,7 @@ from secura_lightning.callbacks.forgetting import ForgettingMonitor
 from secura_lightning.cli.checkpoints import rebuild
 from secura_lightning.cli.fit import FitCLI, check_trainer, parse, quiet
 from secura_lightning.cli.options import OneLineOptions, add_checkpoint, place
+from secura_lightning.data.probe import Probe
 from secura_lightning.data.sequence import SequenceDataModule
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.evaluate import ProbeScore, TaskScore, evaluate_probe, evaluate_task
@@ -34,6 +36,8 @@ from secura_lightning.evaluation.harness import require_lm_eval, run_lm_eval
 from secura_lightning.metrics.text import check_metric
 from secura_lightning.modeling.load import BaseSpec, load_model, load_tokenizer, stored_in
 from secura_lightning.modeling.precision import autocast, full_name
+from secura_lightning.strategies.guard import RetentionGuard
+from secura_lightning.strategies.watch import split_probe
 
 EPILOG = """examples:
   secura eval --config configs/quickstart.yaml --ckpt RUN/checkpoints/task2-logic.ckpt
@@ -139,6 +143,7 @@ def _score(cli: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     for task in data.tasks:
         if not task.is_text:
             check_metric(task.metric)
+    asked = None if data.probe is None else _held_out(data.probe, cli.config_init["trainer"].get("callbacks"))
     scores: list[TaskScore] = []
     probe: ProbeScore | None = None
     with ExitStack() as stack:
@@ -153,17 +158,24 @@ def _score(cli: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             bar.set_description(f"Evaluating {task.name}")
             scores.append(evaluate_task(model, tokenizer, task, monitor.split, monitor.limit, **shared))
             report.save_predictions(scores[-1].rows, report.predictions_path(out, 0, task.name))
-        if data.probe is not None:
-            bar.set_description(f"Evaluating {data.probe.name}")
-            probe = evaluate_probe(model, tokenizer, data.probe, monitor.limit, **shared)
+        if asked is not None:
+            bar.set_description(f"Evaluating {asked.name}")
+            probe = evaluate_probe(model, tokenizer, asked, monitor.limit, **shared)
             report.save_predictions(probe.rows, report.predictions_path(out, 0, None))
     print(f"\n{score_table(scores, probe)}")
     return {
         "split": monitor.split,
         "limit": monitor.limit,
         "tasks": {score.task: score.summary() for score in scores},
-        "base_knowledge": None if probe is None else report.base_of(probe),
+        "base_knowledge": None if asked is None or probe is None else {**report.base_of(probe), "part": asked.part},
     }
+
+
+def _held_out(probe: Probe, callbacks: Any) -> Probe:
+    """What a fit of the configuration scores: the part of the probe that no guard of it watches."""
+    listed = callbacks if isinstance(callbacks, list) else [callbacks]
+    guard = next((one for one in listed if isinstance(one, RetentionGuard) and one.watch is None), None)
+    return probe if guard is None else split_probe(probe, guard.share)[1]
 
 
 def score_table(scores: list[TaskScore], probe: ProbeScore | None) -> str:

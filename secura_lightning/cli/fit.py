@@ -47,8 +47,8 @@ class FitCLI(LightningCLI):
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run; the config's file name.")
         parser.add_argument("--save_dir", type=str, default="lightning_logs", help="Folder that holds the runs.")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help=CKPT_HELP)
+        parser.add_lightning_class_args(Throughput, "throughput")  # first: its clock stops before others evaluate
         parser.add_lightning_class_args(ForgettingMonitor, "forgetting")
-        parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(FailureGuard, "failures")
         parser.add_lightning_class_args(Telemetry, "telemetry")
         parser.add_lightning_class_args(SequenceCheckpoint, "checkpoint")

@@ -70,6 +70,8 @@ class SequenceDataModule(LightningDataModule):
         pin_memory: bool | None = None,
     ) -> None:
         super().__init__()
+        self.chat = chat
+        self.system = system
         _check_settings(tasks, batch_size, epochs_per_task, steps_per_task)
         if num_proc < 1:
             raise ConfigError(f"data.num_proc is {num_proc}; it must be at least 1")
@@ -82,9 +84,9 @@ class SequenceDataModule(LightningDataModule):
                 "data.system goes into the chat template, which data.chat: false leaves unused; remove one"
             )
         for task in tasks:
-            task.chat, task.system = chat, system
+            self.render(task)
         if probe is not None:
-            probe.chat, probe.system = chat, system
+            self.render(probe)
         self.tasks = tasks
         self.probe = probe
         self.batch_size = batch_size
@@ -99,12 +101,15 @@ class SequenceDataModule(LightningDataModule):
         self.streaming = streaming
         self.pin_memory = pin_memory
         self.seed = seed
-        self.chat = chat
-        self.system = system
         self.uses_chat = False  # known once there is a tokenizer
         self.encoded: list[EncodedRows] = []
         self.plan: SequencePlan = SequencePlan([])
         self._pad = 0
+
+    def render(self, other: Task | Probe) -> None:
+        """Have prompts of another task or probe, which is no part of the sequence, go through the chat template as its
+        own do."""
+        other.chat, other.system = self.chat, self.system
 
     def prepare_data(self) -> None:
         """Fill the cache from one process of each machine, before the others look into it."""
@@ -189,7 +194,7 @@ class SequenceDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What the position in a checkpoint is relative to; the position itself is the loader's state."""
-        return self._signature()
+        return {**self._signature(), "accumulate": self.plan.accumulate}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint whose position means other rows than this configuration's.

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_lightning.adapters import AdapterLayer, AdapterSet, describe_adapter
-from secura_lightning.data.encode import encode_rows, encode_texts, pad_id
+from secura_lightning.data.encode import Encoded, encode_rows, encode_texts, pad_id
 from secura_lightning.data.read import documents, read_text
 from secura_lightning.data.task import Task
 from secura_lightning.errors import ConfigError, SecuraError
@@ -220,7 +220,12 @@ def calibrate(
 
 
 def accumulate(
-    adapters: AdapterSet, tokenizer: PreTrainedTokenizerBase, task: Task, calibration: Calibration, seed: int = 0
+    adapters: AdapterSet,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+    name: str,
+    calibration: Calibration,
+    seed: int = 0,
 ) -> None:
     """Show a finished task's inputs to adapters that accumulate; nothing for others.
 
@@ -230,25 +235,21 @@ def accumulate(
     Args:
         adapters: Adapters in their model, after the task was frozen.
         tokenizer: The model's tokenizer.
-        task: The task; rows are drawn from its training split.
-        calibration: How many rows, of how many tokens at most.
+        rows: The task's training rows, as it was trained on them.
+        name: The task's name, for the progress bar.
+        calibration: How many rows are drawn, and how many run together.
         seed: Seed of the draw.
 
     Raises:
-        SecuraError: There are no rows, or the model cannot be run block by block.
+        SecuraError: The model cannot be run block by block.
     """
     if not adapters.config.accumulates:
         return
     if _leads(adapters):
-        rows = TaskCalibration(
-            task=task,
-            samples=calibration.samples,
-            max_length=calibration.max_length,
-            batch_size=calibration.batch_size,
-        )
+        sequences = [[int(token) for token in row.ids] for row in _draw(rows, calibration.samples, seed)]
         model: Any = adapters.model
         with evaluating(model):
-            _measure(adapters.layers, model, tokenizer, rows, seed, f"{task.name}: measuring")
+            _measure(adapters.layers, model, tokenizer, sequences, calibration.batch_size, f"{name}: measuring")
     _share(adapters)
 
 
@@ -263,7 +264,8 @@ def _take_starts(
     model: Any = adapters.model
     waiting = {name: layer for name, layer in adapters.layers.items() if not layer.calibrated}
     with evaluating(model), adapters.disabled():
-        _measure(waiting, model, tokenizer, calibration, seed, "calibration: measuring")
+        sequences = calibration.sequences(model, tokenizer, seed)
+        _measure(waiting, model, tokenizer, sequences, calibration.batch_size, "calibration: measuring")
     if file is not None:
         _save(adapters, file)
 
@@ -272,25 +274,24 @@ def _measure(
     layers: Mapping[str, AdapterLayer],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    calibration: Calibration,
-    seed: int,
+    sequences: list[list[int]],
+    batch_size: int,
     title: str,
 ) -> None:
-    """Hand every layer the moments of its input over the calibration's text, under a progress bar."""
+    """Hand every layer the moments of its input over these token ids, under a progress bar."""
 
     def take(names: list[str], gram: Tensor) -> None:
         first, *others = (layers[name] for name in names)
         first.calibrate(gram, others)
 
-    sequences = calibration.sequences(model, tokenizer, seed)
-    steps = count_steps(model, dict(layers), len(sequences), calibration.batch_size)
+    steps = count_steps(model, dict(layers), len(sequences), batch_size)
     with tqdm(total=steps, desc=title, leave=False, disable=None) as bar:
         stream_grams(
             model,
             dict(layers),
             sequences,
             take,
-            calibration.batch_size,
+            batch_size,
             pad_id(tokenizer),
             bar.update,
         )

@@ -128,6 +128,7 @@ class _Loader:
         self.weights = weights
         self.device = device
         self.prints = prints
+        self.done: set[str] = set()  # buffers
         self.prefix = f"{model.base_model_prefix}."
         self.owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)  # tied weights have several
         for name, module in model.named_modules():
@@ -136,7 +137,8 @@ class _Loader:
                     self.owners[id(parameter)].append((f"{name}.{key}" if name else key, module, key))
 
     def materialise(self, prefix: str, unit: nn.Module) -> None:
-        """Read every parameter of ``unit`` that is still on the meta device, and move its buffers."""
+        """Read every parameter of ``unit`` that is still on the meta device and every buffer that was saved with the
+        weights, and move the other buffers."""
         for parameter in [p for p in unit.parameters() if p.is_meta]:
             owners = self.owners[id(parameter)]
             value = self._read([name for name, _, _ in owners], parameter)
@@ -144,15 +146,25 @@ class _Loader:
             for name, module, key in owners:
                 module._parameters[key] = fresh
                 self.prints[name] = tensor_print(name, value)
-        for module in unit.modules():
+        for path, module in unit.named_modules(prefix=prefix):
             for key, buffer in module._buffers.items():
-                if buffer is not None and buffer.device != self.device:
+                if buffer is None:
+                    continue
+                name = f"{path}.{key}" if path else key
+                if name in self.prints and self._find([name]) is not None and name not in self.done:
+                    module._buffers[key] = self._read([name], buffer)
+                    self.prints[name] = tensor_print(name, module._buffers[key])
+                    self.done.add(name)
+                elif buffer.device != self.device:
                     module._buffers[key] = buffer.to(self.device)
 
-    def _read(self, names: list[str], like: Tensor) -> Tensor:
+    def _find(self, names: list[str]) -> str | None:
         # A model that was saved without its head names its weights without the prefix, and the other way round.
         wanted = [v for name in names for v in (name, name.removeprefix(self.prefix), self.prefix + name)]
-        found = next((name for name in wanted if name in self.weights), None)
+        return next((name for name in wanted if name in self.weights), None)
+
+    def _read(self, names: list[str], like: Tensor) -> Tensor:
+        found = self._find(names)
         if found is None:
             raise SecuraError(
                 f"model.base: no tensor {names[0]} in the weight files: this layout cannot be sharded; use "

@@ -59,8 +59,8 @@ class DERPP(Replay):
         tokens = torch.cat([row.tokens for row in replayed.rows if row.tokens is not None]).to(logits.device)
         now = _answer_logits(logits, replayed.batch["labels"]).gather(1, tokens)  # [n, k]
         apart = (now.float() - then).square().mean(-1).sum() / replayed.trained
-        pl_module.log("train/replay_loss", loss.detach(), batch_size=len(replayed.rows))
-        pl_module.log("derpp/logits", apart.detach(), batch_size=len(replayed.rows))
+        pl_module.log_share("train/replay_loss", loss, batch_size=len(replayed.rows))  # type: ignore[operator]
+        pl_module.log_share("derpp/logits", apart, batch_size=len(replayed.rows))  # type: ignore[operator]
         return weight * loss + self.alpha * apart
 
     def _answers(

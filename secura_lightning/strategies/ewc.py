@@ -31,7 +31,7 @@ from secura_lightning.data.encode import Encoded, pad_id
 from secura_lightning.data.task import Task
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.batching import evaluating
-from secura_lightning.modeling.calibrate import Calibration
+from secura_lightning.modeling.calibrate import Calibration, TaskCalibration
 from secura_lightning.seeds import derive_seed
 from secura_lightning.strategies.anchored import AnchoredPenalty
 from secura_lightning.strategies.fisher import empirical_fisher
@@ -84,6 +84,8 @@ class EWC(AnchoredPenalty):
             return
         model: Any = pl_module.model
         adapters: Any = pl_module.adapters
+        if isinstance(self.base_text, TaskCalibration):
+            trainer.datamodule.render(self.base_text.task)  # type: ignore[attr-defined]
         with evaluating(model), adapters.disabled():
             sequences = self.base_text.sequences(model, _tokenizer(pl_module), _seed(pl_module, "text"))
         self._consolidate(trainer, pl_module, [Encoded(ids, 0) for ids in sequences], "base text")

@@ -144,6 +144,7 @@ class RetentionGuard(Strategy):
         self.normalise = bool(monitors) and monitors[0].normalise
         if self.watch is not None:
             self.watched = self.watch
+            data.render(self.watch)
         elif data.probe is None:
             raise ConfigError("trainer.callbacks.RetentionGuard has nothing to watch: set data.probe, or its own watch")
         else:

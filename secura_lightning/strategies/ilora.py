@@ -137,8 +137,8 @@ class ILoRA(Replay):
             wanted = self._states(model, inputs)
         apart = sum(_squared(mine, kept, inputs["attention_mask"]) for mine, kept in zip(own, wanted, strict=True))
         apart = apart / (len(own) * replayed.tokens)
-        pl_module.log("train/replay_loss", loss.detach(), batch_size=len(replayed.rows))
-        pl_module.log("ilora/consistency", apart.detach(), batch_size=len(replayed.rows))
+        pl_module.log_share("train/replay_loss", loss, batch_size=len(replayed.rows))  # type: ignore[operator]
+        pl_module.log_share("ilora/consistency", apart, batch_size=len(replayed.rows))  # type: ignore[operator]
         return weight * loss + self.consistency * apart
 
     def watching(self, pl_module: LightningModule) -> AbstractContextManager[Any]:

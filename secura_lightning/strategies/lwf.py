@@ -90,7 +90,7 @@ class LwF(Strategy):
         places = compared(batch, self.tokens)
         apart = distillation(batch["logits"][:, :-1][places], old[:, :-1][places], self.temperature)
         apart = apart * (trainer.accumulate_grad_batches * trainer.world_size / self._in_window(trainer, batch_idx))
-        pl_module.log("lwf/distillation", apart.detach(), batch_size=len(batch["rows"]))
+        pl_module.log_share("lwf/distillation", apart, batch_size=len(batch["rows"]))  # type: ignore[operator]
         return loss + self.alpha * apart
 
     def _in_window(self, trainer: Trainer, batch_idx: int) -> int:

@@ -161,7 +161,7 @@ class Replay(Drawing):
         """The mean cross-entropy of the replayed rows' answers, logged as ``train/replay_loss``."""
         total = pl_module.answer_loss(replayed.batch) if replayed.loss is None else replayed.loss  # type: ignore[operator]
         loss = total / replayed.trained
-        pl_module.log("train/replay_loss", loss.detach(), batch_size=len(replayed.rows))
+        pl_module.log_share("train/replay_loss", loss, batch_size=len(replayed.rows))  # type: ignore[operator]
         return loss
 
     @property

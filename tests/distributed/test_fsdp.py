@@ -138,6 +138,39 @@ def test_one_sharded_process_loads_what_load_model_loads(tmp_path: Path) -> None
         dist.destroy_process_group()
 
 
+def test_buffers_that_are_saved_with_the_weights_are_loaded_too(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers import AutoModelForCausalLM
+
+    from secura_lightning.modeling.shard import load_sharded
+
+    settings = pytest.importorskip("transformers.models.gemma4").Gemma4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, global_head_dim=16, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+        vocab_size_per_layer_input=64, max_position_embeddings=64, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    saved = AutoModelForCausalLM.from_config(settings)
+    for name, buffer in saved.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.3)
+    saved.save_pretrained(tmp_path / "model")
+    spec = BaseSpec(base=str(tmp_path / "model"))
+    whole = load_model(spec).eval()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model, _, print_ = load_sharded(spec, LoRAConfig(targets=["q_proj"]), 0, mesh, torch.device("cpu"))
+        assert float(dict(model.named_buffers())["model.layers.0.layer_scalar"]) == pytest.approx(0.3)
+        assert print_ == fingerprint(whole)
+        ids = torch.tensor([[1, 5, 9, 30]])
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(ids).logits, whole(ids).logits)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -109,6 +109,26 @@ def test_eval_of_the_last_checkpoint_gives_the_last_line(finished: Fit, tmp_path
     assert found["base_knowledge"]["perplexity"] == finished.report["base_knowledge"]["perplexity"][-1]
 
 
+def test_a_task_may_be_called_what_it_likes(run_fit: Callable[..., Fit]) -> None:
+    odd = {"class_path": "tests.tiny.TinyTask", "init_args": {"name": "math/easy: ä", "rows": 8}}
+    run = run_fit({"data.tasks": [odd], "data.steps_per_task": [2], "forgetting.limit": 2})
+    assert run.report["tasks"] == ["math/easy: ä"]
+    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "task1-math%2Feasy%3A %C3%A4.ckpt"]
+
+
+@pytest.mark.slow
+def test_eval_scores_the_part_of_the_probe_that_no_guard_watches(run_fit: Callable[..., Fit], tmp_path: Path) -> None:
+    guard = {"class_path": "RetentionGuard", "init_args": {"floor": 0.01, "every_n_steps": 2}}
+    run = run_fit({"trainer.callbacks": [guard], "data.steps_per_task": 2})
+    config, last = run.folder / "config.yaml", run.folder / "checkpoints" / "last.ckpt"
+    assert main(["eval", "--config", str(config), "--ckpt", str(last), "--out", str(tmp_path)]) == 0
+    found, told = json.loads((tmp_path / "eval.json").read_text())["base_knowledge"], run.report["base_knowledge"]
+    assert (found["part"], told["part"]) == ("held-out", "held-out")
+    assert found["accuracy"] == told["accuracy"][-1]
+    assert found["n"] == 4
+
+
 def test_card_holds_the_results_up_to_its_checkpoint(finished: Fit, tmp_path: Path) -> None:
     path = finished.folder / "checkpoints" / "task1-first.ckpt"
     assert main(["merge", "--ckpt", str(path), "--out", str(tmp_path / "merged")]) == 0

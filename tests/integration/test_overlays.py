@@ -9,6 +9,8 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
+from secura_lightning.callbacks.forgetting import ForgettingMonitor
+from secura_lightning.callbacks.throughput import Throughput
 from secura_lightning.cli import fit
 from secura_lightning.engine import ShardedStrategy
 from secura_lightning.errors import ConfigError
@@ -38,6 +40,12 @@ def test_the_overlays_are_these_and_say_how_to_run_them() -> None:
         assert text.startswith("# What:"), path.name
         assert f"configs/overlays/{path.name}" in text, path.name
         assert "callbacks" not in yaml.safe_load(text).get("trainer", {}), "a list would replace the configuration's"
+
+
+def test_the_throughputs_clock_stops_before_anything_evaluates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trainer, _, _ = build(monkeypatch, tmp_path, "quickstart", "overlays/cpu")
+    kinds = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    assert kinds.index(Throughput) < kinds.index(ForgettingMonitor)
 
 
 @pytest.mark.parametrize("base", BASES)

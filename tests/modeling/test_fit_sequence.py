@@ -87,3 +87,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert resumed.report == finished.report
     for key, value in finished.checkpoint["state_dict"].items():
         assert torch.equal(value, resumed.checkpoint["state_dict"][key]), key
+
+
+def test_tasks_with_longer_rows_than_the_calibration_text_are_measured_whole(tmp_path: Path) -> None:
+    """Their inputs are those that were trained on, whatever length the text before training has."""
+    short = {**CHANGES["model.calibration"]["init_args"], "max_length": 2}
+    changes = {**CHANGES, "model.calibration": {"class_path": "SelfCalibration", "init_args": short}}
+    run = fit_into(tmp_path, {**changes, "data.steps_per_task": 1})
+    tokens = run.report["meta"]["data"]["max_length"]
+    assert tokens > 2
+    first, second = state_after(run, 1), state_after(run, 2)
+    assert not torch.equal(
+        first["model.layers.0.self_attn.q_proj.lora_A"], second["model.layers.0.self_attn.q_proj.lora_A"]
+    )

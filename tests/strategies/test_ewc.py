@@ -14,11 +14,12 @@ from torch import Tensor
 from secura_lightning.adapters import AdapterSet, LoRAConfig, SECURAConfig
 from secura_lightning.adapters.null_sequence import LoRANullSequenceConfig
 from secura_lightning.errors import ConfigError
-from secura_lightning.modeling.calibrate import TextCalibration
+from secura_lightning.modeling.calibrate import TaskCalibration, TextCalibration
 from secura_lightning.strategies.ewc import EWC, normalize
 from tests.adapters.toy import VARIANTS, adapted, move
 from tests.integration.test_resume import assert_same
 from tests.strategies.tiny import build, fit, tensors
+from tests.tiny import TinyTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA-Null trains on a random basis")
 
@@ -160,6 +161,13 @@ def test_base_text_holds_the_first_task_too(tmp_path: Path) -> None:
         moved[strength] = sum(float(v.norm()) for k, v in tensors(trainer).items() if k.endswith("lora_B"))
     assert moved[1e4] < 0.9 * moved[0.0]
     assert EWC(base_text=text).settings()["base_text"]["class"] == "TextCalibration"
+
+
+def test_a_task_as_base_text_is_asked_as_the_run_asks(tmp_path: Path) -> None:
+    text = TaskCalibration(task=TinyTask("base"), samples=2, max_length=24, cache=None)
+    assert text.task.prompt_format.chat == "auto"
+    fit(tmp_path, [EWC(1.0, samples=2, base_text=text)], data={"steps_per_task": [1], "chat": False})
+    assert text.task.prompt_format.chat is False
 
 
 def test_fisher_accumulates_and_the_anchor_follows(tmp_path: Path) -> None:

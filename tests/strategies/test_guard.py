@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from secura_lightning.adapters import (
     SECURAConfig,
 )
 from secura_lightning.data.rows import Row
+from secura_lightning.data.sequence import SequenceDataModule
 from secura_lightning.errors import ConfigError
 from secura_lightning.evaluation.evaluate import ProbeScore
 from secura_lightning.modeling.calibrate import SelfCalibration
@@ -34,7 +36,7 @@ from tests.adapters.toy import move as add_noise
 from tests.evaluation.tiny import ListProbe
 from tests.integration.test_resume import assert_same
 from tests.strategies.tiny import fit, lora, tensors
-from tests.tiny import TinyProbe
+from tests.tiny import TinyProbe, TinyTask
 
 DATA: dict[str, Any] = {"steps_per_task": [4, 4], "probe": None}
 
@@ -244,6 +246,15 @@ def test_watched_and_reported_questions_are_disjoint_and_together_all() -> None:
     assert rest.texts() == ["some text"]
     again, _ = split_probe(ListProbe(rows[::-1]), 0.5)
     assert {row.id for row in again.rows()} == {row.id for row in watched.rows()}
+
+
+def test_its_own_probe_is_asked_as_the_run_asks() -> None:
+    watch = ListProbe([Row("0", "0?", "yes", ("yes",), "kind")])
+    data = SequenceDataModule([TinyTask()], chat=False)
+    assert watch.prompt_format.chat == "auto"
+    trainer: Any = SimpleNamespace(callbacks=[], datamodule=data)
+    RetentionGuard(0.5, watch=watch).setup(trainer, None, "fit")  # type: ignore[arg-type]
+    assert watch.prompt_format.chat is False
 
 
 def test_report_scores_the_rest_of_the_probe(tmp_path: Path) -> None:
