@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -353,6 +355,8 @@ class ContinualModule(LightningModule):
             "base_fingerprint": self.base_fingerprint,
             "adapter": describe_adapter(self.adapter),
             "calibration": self.calibration.settings() if self.adapter.needs_calibration else {},
+            "optimizer": describe_optimizer(self.optimizer),
+            "schedule": {**asdict(self.schedule), "reset_optimizer": self.reset_optimizer},
             "seed": self.seed,
         }
 
@@ -384,15 +388,36 @@ class ContinualModule(LightningModule):
         self._restored_rng = checkpoint.get("rng")
 
 
+def describe_optimizer(make: OptimizerCallable) -> dict[str, Any]:
+    """Class and settings of the optimizer that ``make`` builds, as plain values; how it computes is no setting."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = make([torch.nn.Parameter(torch.zeros(1))])
+    plain = (bool, int, float, str, list, tuple, type(None))
+    settings = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in optimizer.defaults.items()
+        if isinstance(value, plain) and key not in ("foreach", "fused", "capturable", "differentiable")
+    }
+    return {"class": type(optimizer).__name__, **settings}
+
+
 def check_identity(then: dict[str, Any], now: dict[str, Any]) -> None:
     """Compare a checkpoint's identity with this run's.
 
     Raises:
         SecuraError: They differ; the message names the first key that does.
     """
-    parts = {"base": "model", "adapter": "model.adapter", "calibration": "model.calibration"}
+    parts = {
+        "base": "model",
+        "adapter": "model.adapter",
+        "calibration": "model.calibration",
+        "optimizer": "model.optimizer",
+        "schedule": "model.schedule",
+    }
     for part, yaml in parts.items():
-        if found := first_difference(then.get(part, {}), now[part], assumed={}):
+        known: dict[str, Any] | None = None if part in ("optimizer", "schedule") else {}  # 0.1.0 did not keep these
+        if found := first_difference(then.get(part, {}), now[part], assumed=known):
             key, before, value = found
             raise SecuraError(
                 f"--ckpt_path: the checkpoint has {yaml}.{key}={before}, this configuration has {value}; resume with "

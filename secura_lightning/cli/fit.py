@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import secura_lightning.data.tasks
 import secura_lightning.strategies  # noqa: F401  (makes class names known to the parser)
 from secura_lightning.callbacks.checkpoint import SequenceCheckpoint
+from secura_lightning.callbacks.config import RunConfig
 from secura_lightning.callbacks.failures import FailureGuard, is_lost_rank, is_out_of_memory, memory_advice
 from secura_lightning.callbacks.forgetting import ForgettingMonitor
 from secura_lightning.callbacks.progress import SequenceProgressBar
@@ -210,7 +211,7 @@ def parse(cli_class: type[FitCLI], args: list[str]) -> FitCLI:
         run=False,
         parser_class=OneLineParser,
         seed_everything_default=42,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=RunConfig,
         trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,

@@ -202,19 +202,26 @@ class SequenceDataModule(LightningDataModule):
         Raises:
             ConfigError: The sequence, its steps or its batches differ from the checkpoint's.
         """
-        earlier = {"group_by_length": False, "max_length": self.max_length, "chat": False}  # what 0.1.0 did
-        found = first_difference(state_dict, self._signature(), earlier)
+        now = self._signature()
+        kept = {key: now[key] for key in ("max_length", "metrics", "texts")}  # which 0.1.0 did not write down
+        found = first_difference(state_dict, now, {"group_by_length": False, "chat": False, **kept})
         if found is not None:
-            key, then, now = found
+            key, before, value = found
+            said = f"with {key}={before}, this configuration has {key}={value}"
+            if key == "texts":
+                changed = [t.name for t, old, new in zip(self.tasks, before, value, strict=True) if old != new]
+                said = f"on other training rows of {', '.join(changed)} (file, template, choices or tokenizer changed)"
             raise ConfigError(
-                f"data: the checkpoint was written with {key}={then}, this configuration has {key}={now}; "
-                "resume with the same data settings, or start a new run without --ckpt_path"
+                f"data: the checkpoint was written {said}; resume with the same data settings, or start a new run "
+                "without --ckpt_path"
             )
 
     def _signature(self) -> dict[str, Any]:
         return {
             "tasks": [task.name for task in self.tasks],
+            "metrics": [task.metric for task in self.tasks],
             "rows": [len(rows) for rows in self.encoded],
+            "texts": [rows.digest for rows in self.encoded],
             "steps_per_task": self.plan.steps,
             "window": self.batch_size * self.plan.accumulate * (self.trainer.world_size if self.trainer else 1),
             "seed": self.seed,

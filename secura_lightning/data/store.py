@@ -9,6 +9,7 @@ A mapped store takes memory only for the pages that batches touch, whatever the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 
 from secura_lightning.data.encode import Encoded
 from secura_lightning.errors import SecuraError
+
+_DIGESTED = 256  # rows
 
 
 class EncodedRows(Sequence[Encoded]):
@@ -90,6 +93,12 @@ class EncodedRows(Sequence[Encoded]):
     def truncated(self) -> NDArray[np.int32]:
         """Prompt tokens that each row lost."""
         return self.table[:, 2]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the first rows, which another template, tokenizer or file changes."""
+        tokens = int(self.ends[:_DIGESTED][-1]) if len(self.ends) else 0
+        return hashlib.sha256(np.ascontiguousarray(self.ids[:tokens]).tobytes()).hexdigest()[:16]
 
 
 class StoreWriter:

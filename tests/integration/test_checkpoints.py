@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from secura_lightning.cli.checkpoints import rebuild
 from secura_lightning.cli.main import main
 from secura_lightning.errors import SecuraError
-from tests.integration.conftest import Fit
+from tests.integration.conftest import TINY, Fit
+
+SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
+OTHER = {"class_path": "tests.tiny.TinyTask", "init_args": {"name": "first", "seed": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,10 @@ def test_report_has_what_readers_rely_on(finished: Fit) -> None:
         ({"model.dtype": "float64"}, "model.dtype=float32"),
         ({"seed_everything": 8}, "other base weights"),
         ({"data.batch_size": 2}, "window=4"),
+        ({"model.optimizer.init_args.lr": 0.5}, r"model\.optimizer\.lr=0\.01, this configuration has 0\.5"),
+        ({"model.optimizer": SGD}, r"model\.optimizer\.class=AdamW"),
+        ({"model.schedule.kind": "linear"}, r"model\.schedule\.kind=cosine"),
+        ({"data.tasks": [OTHER, *TINY["data"]["tasks"][1:]]}, "written on other training rows of first "),
         ({"data.steps_per_task": [6, 3, 6]}, "steps_per_task"),
     ],
 )
@@ -72,6 +80,20 @@ def test_checkpoint_of_another_run_is_refused(
 ) -> None:
     with pytest.raises(SecuraError, match=message):
         run_fit(changes, ("--ckpt_path", str(finished.folder / "checkpoints" / "last.ckpt")))
+
+
+def test_a_runs_configuration_stays_the_one_that_it_began_with(run_fit: Callable[..., Fit]) -> None:
+    run = run_fit()
+    config, last = run.folder / "config.yaml", run.folder / "checkpoints" / "last.ckpt"
+    before = config.read_text()
+    with pytest.raises(SecuraError, match=r"model\.adapter\.rank=2"):  # refused
+        run_fit({"model.adapter.init_args.rank": 4}, ("--ckpt_path", str(last)))
+    run_fit(None, ("--ckpt_path", str(last)))  # the same
+    assert config.read_text() == before
+    assert not (run.folder / "config.resumed.yaml").exists()
+    run_fit({"data.batch_size": 2, "trainer.accumulate_grad_batches": 2}, ("--ckpt_path", str(last)))
+    assert config.read_text() == before
+    assert yaml.safe_load((run.folder / "config.resumed.yaml").read_text())["data"]["batch_size"] == 2
 
 
 def test_truncated_or_foreign_checkpoint_is_refused(finished: Fit, run_fit: Callable[..., Fit], tmp_path: Path) -> None:
