@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
@@ -46,7 +45,7 @@ from secura_lightning.modeling.load import (
 from secura_lightning.modeling.loss import ChunkedLoss, choose_loss, summed_cross_entropy
 from secura_lightning.modeling.packing import check_packing, packed_inputs
 from secura_lightning.modeling.shard import load_sharded
-from secura_lightning.resumed import first_difference, recount
+from secura_lightning.resumed import check_identity, describe_optimizer, recount
 from secura_lightning.schedule import Schedule
 from secura_lightning.strategies.base import (
     check_adapter,
@@ -386,45 +385,3 @@ class ContinualModule(LightningModule):
         data, now = checkpoint.get(type(self._data).__qualname__, {}), self._data.plan.accumulate
         recount(checkpoint, data.get("accumulate", now), now)
         self._restored_rng = checkpoint.get("rng")
-
-
-def describe_optimizer(make: OptimizerCallable) -> dict[str, Any]:
-    """Class and settings of the optimizer that ``make`` builds, as plain values; how it computes is no setting."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer = make([torch.nn.Parameter(torch.zeros(1))])
-    plain = (bool, int, float, str, list, tuple, type(None))
-    settings = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in optimizer.defaults.items()
-        if isinstance(value, plain) and key not in ("foreach", "fused", "capturable", "differentiable")
-    }
-    return {"class": type(optimizer).__name__, **settings}
-
-
-def check_identity(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare a checkpoint's identity with this run's.
-
-    Raises:
-        SecuraError: They differ; the message names the first key that does.
-    """
-    parts = {
-        "base": "model",
-        "adapter": "model.adapter",
-        "calibration": "model.calibration",
-        "optimizer": "model.optimizer",
-        "schedule": "model.schedule",
-    }
-    for part, yaml in parts.items():
-        known: dict[str, Any] | None = None if part in ("optimizer", "schedule") else {}  # 0.1.0 did not keep these
-        if found := first_difference(then.get(part, {}), now[part], assumed=known):
-            key, before, value = found
-            raise SecuraError(
-                f"--ckpt_path: the checkpoint has {yaml}.{key}={before}, this configuration has {value}; resume with "
-                "the configuration that wrote it"
-            )
-    if then["base_fingerprint"] != now["base_fingerprint"]:
-        raise SecuraError(
-            f"--ckpt_path: the checkpoint belongs to other base weights than model.base={now['base']['base']} "
-            f"(fingerprint {then['base_fingerprint']}, here {now['base_fingerprint']})"
-        )

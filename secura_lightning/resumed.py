@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+
+from secura_lightning.errors import SecuraError
 
 
 def recount(checkpoint: dict[str, Any], then: int, now: int) -> None:
@@ -48,3 +54,45 @@ def first_difference(
         if before != value:
             return key, before, value
     return None
+
+
+def describe_optimizer(make: OptimizerCallable) -> dict[str, Any]:
+    """Class and settings of the optimizer that ``make`` builds, as plain values; how it computes is no setting."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = make([torch.nn.Parameter(torch.zeros(1))])
+    plain = (bool, int, float, str, list, tuple, type(None))
+    settings = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in optimizer.defaults.items()
+        if isinstance(value, plain) and key not in ("foreach", "fused", "capturable", "differentiable")
+    }
+    return {"class": type(optimizer).__name__, **settings}
+
+
+def check_identity(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare a checkpoint's identity with this run's.
+
+    Raises:
+        SecuraError: They differ; the message names the first key that does.
+    """
+    parts = {
+        "base": "model",
+        "adapter": "model.adapter",
+        "calibration": "model.calibration",
+        "optimizer": "model.optimizer",
+        "schedule": "model.schedule",
+    }
+    for part, yaml in parts.items():
+        known: dict[str, Any] | None = None if part in ("optimizer", "schedule") else {}  # 0.1.0 did not keep these
+        if found := first_difference(then.get(part, {}), now[part], assumed=known):
+            key, before, value = found
+            raise SecuraError(
+                f"--ckpt_path: the checkpoint has {yaml}.{key}={before}, this configuration has {value}; resume with "
+                "the configuration that wrote it"
+            )
+    if then["base_fingerprint"] != now["base_fingerprint"]:
+        raise SecuraError(
+            f"--ckpt_path: the checkpoint belongs to other base weights than model.base={now['base']['base']} "
+            f"(fingerprint {then['base_fingerprint']}, here {now['base_fingerprint']})"
+        )

@@ -20,6 +20,7 @@ from secura_lightning.errors import SecuraError
 from secura_lightning.export.saved import is_adapter_folder, read_settings, read_tensors
 from secura_lightning.modeling.load import BaseSpec, fingerprint, load_model
 from secura_lightning.strategies.ilora import Weights, take_weights
+from secura_lightning.study.records import versions
 
 
 def find_checkpoint(wanted: str | None, run_root: Path) -> Path | None:
@@ -34,20 +35,23 @@ def find_checkpoint(wanted: str | None, run_root: Path) -> Path | None:
         path = Path(wanted)
         if not path.is_file():
             raise SecuraError(f"--ckpt_path: no file {wanted}")
-        read_checkpoint(path)
+        read_checkpoint(path, "--ckpt_path")
         return path
-    found = [path for path in run_root.glob(f"version_*/checkpoints/{LAST}") if path.is_file()]
+    found = [path for folder in versions(run_root) if (path := folder / "checkpoints" / LAST).is_file()]
     if not found and wanted == "auto":
         return None
     if not found:
         raise SecuraError(f"--ckpt_path last: no checkpoint under {run_root}; start without --ckpt_path")
-    newest = max(found, key=lambda path: int(path.parent.parent.name.removeprefix("version_")))
-    read_checkpoint(newest)
-    return newest
+    read_checkpoint(found[-1], "--ckpt_path")
+    return found[-1]
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, option: str = "--ckpt") -> dict[str, Any]:
     """Load a checkpoint's plain values and tensors.
+
+    Args:
+        path: The file.
+        option: What named it, for messages.
 
     Raises:
         SecuraError: It is truncated, or not one of ours.
@@ -55,9 +59,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # torch raises many types for a damaged file
-        raise SecuraError(f"--ckpt_path: {path} is damaged or no checkpoint ({_short(error)})") from error
+        raise SecuraError(f"{option}: {path} is damaged or no checkpoint ({_short(error)})") from error
     if not isinstance(checkpoint, dict) or "secura" not in checkpoint:
-        raise SecuraError(f"--ckpt_path: {path} was not written by secura fit")
+        raise SecuraError(f"{option}: {path} was not written by secura fit")
     return checkpoint
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from secura_lightning.errors import ConfigError
 from secura_lightning.study import compare
-from secura_lightning.study.axes import show
+from secura_lightning.study.axes import means
 from secura_lightning.study.compare import Difference, Group
 from secura_lightning.study.load import load
 from secura_lightning.study.records import Record
@@ -30,12 +30,17 @@ def main(args: list[str]) -> int:
         SecuraError: A path holds no run.
     """
     options = _parser().parse_args(args)
+    for key, least in (("resamples", 1), ("seed", 0), ("top", 1)):
+        if getattr(options, key) < least:
+            raise ConfigError(f"--{key} is {getattr(options, key)}; it must be at least {least}")
     kinds = {name: members.split(",") for name, members in _pairs(options.kinds, "--kinds").items()}
     records = _where(load(options.runs, options.stage), _pairs(options.where, "--where"))
     retained = [f"retention/{name}" for name in kinds]
     wanted = options.metrics.split(",") if options.metrics else [*METRICS, *retained]
     groups = compare.group(records, options.over)
     compare.check_metrics(records, [options.sort, *(wanted if options.metrics else retained)], kinds)
+    if options.plots:
+        compare.check_metrics(records, [options.retention], kinds)
     groups = compare.ordered(groups, options.sort, kinds)
     metrics = [name for name in wanted if any(compare.summarise(one, name, kinds) for one in groups)]
     tested = (options.test or options.sort).split(",")
@@ -60,8 +65,11 @@ def main(args: list[str]) -> int:
     if options.plots:
         from secura_lightning.study.plots import draw  # matplotlib takes a second
 
-        for path in draw(groups, options.plots, options.retention, kinds, options.top):
+        written = draw(groups, options.plots, options.retention, kinds, options.top)
+        for path in written:
             print(f"wrote {path}")
+        if not any(path.name == "pareto.png" for path in written):
+            print(f"no pareto.png: no group has both {options.retention} and learning_accuracy")
     return 0
 
 
@@ -109,7 +117,8 @@ def _where(records: list[Record], where: dict[str, str]) -> list[Record]:
     for name, values in where.items():
         if not any(name in record["axes"] for record in records):
             raise ConfigError(f"--where {name}: no such axis; the runs have {', '.join(records[0]['axes'])}")
-        records = [r for r in records if name in r["axes"] and show(r["axes"][name]) in values.split(",")]
+        wanted = values.split(",")
+        records = [r for r in records if name in r["axes"] and any(means(one, r["axes"][name]) for one in wanted)]
     if not records:
         raise ConfigError("--where leaves no run")
     return records

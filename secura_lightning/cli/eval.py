@@ -4,7 +4,7 @@
 
 Without --ckpt and --model it is the configuration's base model that is scored. Scores come as `fit` computes them: a
 run's last checkpoint gives the last line of its table, on the held-out part of the probe where the configuration has a
-guard that watches the other. --out (evaluations/NAME by default) gets eval.json and every
+guard that watches the other. --out (evaluations/CONFIGURATION/MODEL by default) gets eval.json and every
 single prediction. --lm-eval TASKS scores tasks of lm-eval (`pip install 'secura_lightning[eval]'`), with or without
 --config.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secura_lightning.callbacks import report
 from secura_lightning.callbacks.forgetting import ForgettingMonitor
 from secura_lightning.cli.checkpoints import rebuild
-from secura_lightning.cli.fit import FitCLI, check_trainer, parse, quiet
+from secura_lightning.cli.fit import FitCLI, check_trainer, parse, quiet, run_name
 from secura_lightning.cli.options import OneLineOptions, add_checkpoint, place
 from secura_lightning.data.probe import Probe
 from secura_lightning.data.sequence import SequenceDataModule
-from secura_lightning.errors import ConfigError
+from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.evaluation.evaluate import ProbeScore, TaskScore, evaluate_probe, evaluate_task
 from secura_lightning.evaluation.harness import require_lm_eval, run_lm_eval
 from secura_lightning.metrics.text import check_metric
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", action="append", default=[], help="configuration of fit; the last one on top")
     add_checkpoint(parser, required=False)
     parser.add_argument("--model", help="merged folder, local model or hub id to score instead of a checkpoint")
-    parser.add_argument("--out", type=Path, help="folder of the results (evaluations/NAME)")
+    parser.add_argument("--out", type=Path, help="folder of the results (evaluations/CONFIGURATION/MODEL)")
     parser.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-eval, separated by commas")
     parser.add_argument("--lm-eval-include", type=Path, metavar="DIR", help="folder with task files of your own")
     parser.add_argument("--limit", type=int, help="rows of each lm-eval task (others: --forgetting.limit)")
@@ -80,7 +81,8 @@ def main(args: list[str]) -> int:
     files = [argument for file in options.config for argument in ("--config", file)]
     cli = parse(EvalCLI, [*files, *rest]) if files else None
     spec, model, tokenizer = _load(options, cli)
-    out = options.out or Path("evaluations") / _name(options, spec)
+    # Of two configurations the tasks differ: each has a folder of its own.
+    out = options.out or Path("evaluations", *([run_name(cli.config)] if cli else []), _name(options, spec))
     content: dict[str, Any] = {
         "model": {"base": spec.identity(), "ckpt": options.ckpt and str(options.ckpt), "weights": options.weights},
         **report.environment(),
@@ -111,8 +113,19 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
         raise ConfigError("--lm-eval-include and --limit go with --lm-eval TASKS (others: --forgetting.limit)")
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit is {options.limit}; it must be at least 1")
+    if options.out is not None:
+        _check_folder(options.out)
     if options.lm_eval is not None:
         require_lm_eval()  # before a model is loaded
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be made or written into, before anything is scored."""
+    place = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise SecuraError(f"--out: {place} is a file; give a folder")
+    if not os.access(place, os.W_OK):
+        raise SecuraError(f"--out: {place} cannot be written into; give another folder")
 
 
 def _name(options: argparse.Namespace, spec: BaseSpec) -> str:

@@ -98,8 +98,11 @@ def check_trainer(config: Any) -> None:
     """Take the keys out of the trainer's settings that the sequence decides itself.
 
     Raises:
-        ConfigError: One of them is set.
+        ConfigError: One of them is set, or no batch makes a step.
     """
+    accumulate = config.get("accumulate_grad_batches")
+    if accumulate is not None and accumulate < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches is {accumulate}; it must be at least 1")
     for key, instead in OWNED.items():
         if config.get(key) not in (None, False, 0.0, 1.0, 1):
             raise ConfigError(f"trainer.{key}: the length of a run is set by its tasks; use {instead}")
@@ -131,6 +134,8 @@ def run_name(config: Any) -> str:
 def _seed(value: bool | int) -> int:
     if isinstance(value, bool):
         raise ConfigError("seed_everything: give a number; the run must be repeatable")
+    if not 0 <= value < 2**32:
+        raise ConfigError(f"seed_everything is {value}; it must be from 0 to {2**32 - 1}")
     return value
 
 

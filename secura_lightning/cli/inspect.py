@@ -54,6 +54,8 @@ def main(args: list[str]) -> int:
     quiet()
     cli = parse(InspectCLI, args)
     data, trainer, only = cli.datamodule, cli.config["trainer"], cli.config["only"]
+    if cli.config["examples"] < 0:
+        raise ConfigError(f"--examples is {cli.config['examples']}; it must be at least 0")
     names = [task.name for task in data.tasks]
     if only is not None and only not in names:
         near = get_close_matches(only, names, n=1)

@@ -41,6 +41,9 @@ COMMANDS = {
     "chat": ("secura_lightning.cli.chat", "talk to the base and the tuned model side by side"),
 }
 
+CONFIGURED = ("fit", "sweep", "plan", "inspect", "dial", "eval")
+"""Commands whose --config names a YAML file."""
+
 USAGE = """usage: secura [--version] [--help] COMMAND ...
 
 Continual fine-tuning of causal language models without forgetting.
@@ -86,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(name: str, args: list[str], debug: bool = False) -> int:
     """Run command ``name``, turning expected errors into one line."""
     try:
+        if name in CONFIGURED:
+            from secura_lightning.cli.config_files import check_config_files
+
+            check_config_files(args)
         code = int(importlib.import_module(COMMANDS[name][0]).main(args) or 0)
         sys.stdout.flush()
         return code
@@ -101,6 +108,18 @@ def run(name: str, args: list[str], debug: bool = False) -> int:
             traceback.print_exc()
         print(f"secura {name}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a folder that cannot be made, a full disk, a file that nobody may read
+        if debug:
+            traceback.print_exc()
+        print(f"secura {name}: {_said(error)}", file=sys.stderr)
+        return 1
+
+
+def _said(error: OSError) -> str:
+    """An error of the file system in one line: the path, and what is wrong with it."""
+    if error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _reader_left() -> bool:

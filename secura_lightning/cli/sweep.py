@@ -64,7 +64,7 @@ def main(args: list[str]) -> int:
         return 130
     print(runner.summary(failed))
     print(f"\nresults: {sweep.save_dir / 'results.jsonl'}")
-    return 1 if failed else 0
+    return 1 if failed or runner.undecided else 0
 
 
 def _only(texts: list[str]) -> dict[str, list[str]]:

@@ -232,13 +232,12 @@ class BenchmarkTask(Task):
 
     def _row(self, record: Record, index: int, file: Split, split: Split) -> Row | None:
         """The row of one record, checked; ``file`` is the split that it was read from."""
-        number = index + 1
         try:
-            row = self.to_row(f"{file}/{number}", record, split)
+            row = self.to_row(f"{file}/{index + 1}", record, split)
             if row is not None:
                 check(row, self.is_text)
         except SecuraError as error:
-            raise type(error)(f"{self.source.where(file)}, row {number}: {error}") from error
+            raise type(error)(f"{self.source.place(file, index)}: {error}") from error
         return row
 
     def _warn_of_overlap(self, split: Split, rows: Sequence[Row]) -> None:

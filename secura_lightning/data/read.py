@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -26,6 +27,7 @@ Record = Mapping[str, Any]
 
 END_OF_TEXT = "<|endoftext|>"
 _SHOWN = 8  # names listed in a message
+_LONGEST_CELL = 2**31 - 1  # what a C long holds everywhere; by default csv stops at 131072 characters, less than a book
 _LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # where a JSON text may hold half a character
 
 
@@ -130,10 +132,12 @@ def text_of(value: Any, column: str) -> str:
     """A column's value as text: strings as they are, numbers and truth values as Python writes them.
 
     Raises:
-        SecuraError: The value is missing (null), or a list or object.
+        SecuraError: The value is missing (null or nan), infinite, or a list or object.
     """
     if isinstance(value, str):
         return value
+    if isinstance(value, float) and not math.isfinite(value):  # nan is what pandas writes for an empty cell
+        raise SecuraError(f"column '{column}' is {value}; fill it, or take the row out of the file")
     if isinstance(value, bool | int | float):
         return str(value)
     if value is None:
@@ -215,6 +219,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _csv(path: Path, text: str, columns: Sequence[str] | None) -> list[dict[str, Any]]:
+    csv.field_size_limit(_LONGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
 
     def lines() -> Iterator[tuple[int, list[str]]]:
@@ -228,9 +233,9 @@ def _csv(path: Path, text: str, columns: Sequence[str] | None) -> list[dict[str,
 
 
 def _tsv(path: Path, text: str, columns: Sequence[str] | None) -> list[dict[str, Any]]:
-    # Without quoting: in GLUE's and WMT's files a quote is a character of the sentence.
+    # Without quoting: in GLUE's and WMT's files a quote is a character of the sentence. A line of empty cells is a row.
     lines = ((number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), start=1))
-    return _table(path, ((number, line.split("\t")) for number, line in lines if line.strip()), columns)
+    return _table(path, ((number, line.split("\t")) for number, line in lines if line), columns)
 
 
 def _table(path: Path, lines: Iterable[tuple[int, list[str]]], columns: Sequence[str] | None) -> list[dict[str, Any]]:

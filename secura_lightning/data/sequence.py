@@ -72,7 +72,7 @@ class SequenceDataModule(LightningDataModule):
         super().__init__()
         self.chat = chat
         self.system = system
-        _check_settings(tasks, batch_size, epochs_per_task, steps_per_task)
+        _check_settings(tasks, batch_size, max_length, epochs_per_task, steps_per_task)
         if num_proc < 1:
             raise ConfigError(f"data.num_proc is {num_proc}; it must be at least 1")
         if group_by_length and packing:
@@ -261,6 +261,7 @@ def _per_task(value: float | Sequence[float], n: int) -> list[float]:
 def _check_settings(
     tasks: list[Task],
     batch_size: int,
+    max_length: int,
     epochs: float | list[float] | None,
     steps: int | list[int] | None,
 ) -> None:
@@ -272,6 +273,8 @@ def _check_settings(
             raise ConfigError(f"data.tasks: two tasks are named '{name}'; give one another init_args.name")
     if batch_size < 1:
         raise ConfigError(f"data.batch_size is {batch_size}; it must be at least 1")
+    if max_length < 2:  # a token is predicted from one before it
+        raise ConfigError(f"data.max_length is {max_length}; it must be at least 2")
     if epochs is not None and steps is not None:
         raise ConfigError("data.epochs_per_task and data.steps_per_task are both set; keep one")
     for key, value in (("epochs_per_task", epochs), ("steps_per_task", steps)):
@@ -281,5 +284,5 @@ def _check_settings(
             raise ConfigError(
                 f"data.{key} has {len(value)} entries for {len(tasks)} tasks; give one number or one per task"
             )
-        if any(n <= 0 for n in _per_task(value, len(tasks))):
-            raise ConfigError(f"data.{key} must be above 0")
+        if not all(0 < n < math.inf for n in _per_task(value, len(tasks))):  # not for nan either
+            raise ConfigError(f"data.{key} is {value}; it must be above 0 and finite")

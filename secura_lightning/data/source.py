@@ -14,7 +14,7 @@ from typing import Any
 
 from secura_lightning.data.read import SUFFIXES, Record, existing
 from secura_lightning.data.task import Split
-from secura_lightning.errors import SecuraError
+from secura_lightning.errors import ConfigError, SecuraError
 
 Records = Sequence[Record]
 
@@ -55,6 +55,10 @@ class Source(ABC):
     def where(self, split: Split) -> str:
         """The split's file or hub id, for messages."""
 
+    def place(self, split: Split, index: int) -> str:
+        """Where the record at ``index`` of the split's records stands, for messages."""
+        return f"{self.where(split)}, row {index + 1}"
+
     @abstractmethod
     def records(self, split: Split) -> Records:
         """The split's records in a fixed order.
@@ -90,6 +94,16 @@ class FolderSource(Source):
         """The split's first file."""
         files = self.files(split)
         return str(files[0] if files else self.folder)
+
+    def place(self, split: Split, index: int) -> str:
+        """The shard and its row; shards before it are read again, as their lengths are asked for by errors alone."""
+        *earlier, last = self.files(split)
+        for file in earlier:
+            rows = len(self.read(file))
+            if index < rows:
+                return f"{file}, row {index + 1}"
+            index -= rows
+        return f"{last}, row {index + 1}"
 
     def records(self, split: Split) -> Records:
         """The rows of the split's file, or of its shards one after another."""
@@ -206,10 +220,16 @@ def open_source(
 
     Raises:
         SecuraError: The path does not exist, or neither is given.
+        ConfigError: There are names of files, but the path is one file itself.
     """
     if path is not None:
         place = existing(Path(path))
         if not place.is_dir():
+            if names:
+                raise ConfigError(
+                    f"init_args.splits names files of a folder, but init_args.path is the file {place}; give "
+                    "its folder as init_args.path, or remove init_args.splits"
+                )
             return FileSource(place, read)
         folder = FolderSource(place, read, names)
         if subfolder is not None and not folder.holds("train"):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 
 from secura_lightning.data.benchmark import BenchmarkTask, check
 from secura_lightning.data.read import Record, parse_json
 from secura_lightning.data.rows import Row
-from secura_lightning.data.source import FolderSource, HubSource
+from secura_lightning.data.source import FolderSource, HubSource, Source
 from secura_lightning.data.task import Task
 from secura_lightning.errors import ConfigError, SecuraError
 
@@ -39,29 +38,34 @@ def stream_rows(task: Task) -> Iterator[Row]:
     for key, value in (("n_train", task.limits["train"]), ("max_answer_words", task.max_answer_words)):
         if value is not None:
             raise ConfigError(f"data.streaming: task '{task.name}' draws its rows (init_args.{key}); set it to null")
-    records: Iterable[Record]
-    if isinstance(source, HubSource):
-        records = source.records("train")
-    elif isinstance(source, FolderSource):
-        if not source.holds("train"):
-            source.records("train")  # says what the folder holds instead
-        records = chain.from_iterable(map(_records, source.files("train")))
-    else:
-        raise ConfigError(f"data.streaming: task '{task.name}' has no file of its own for training rows")
     unfit = 0
-    for number, record in enumerate(records, start=1):
+    for number, (place, index, record) in enumerate(_placed(source, task.name), start=1):
         try:
             row = task.to_row(f"train/{number}", record, "train")
             if row is not None:
                 check(row, task.is_text)
         except SecuraError as error:
-            where = f"data.tasks: task '{task.name}': {source.where('train')}, row {number}"
-            raise type(error)(f"{where}: {error}") from error
+            raise type(error)(f"data.tasks: task '{task.name}': {place}, row {index}: {error}") from error
         if row is None:
             unfit += 1
         else:
             yield row
     task.report_left_out("train", unfit)
+
+
+def _placed(source: Source, task: str) -> Iterator[tuple[str, int, Record]]:
+    """The training records, each after its file (or the hub's split) and its row there."""
+    if isinstance(source, HubSource):
+        parts: Iterable[tuple[str, Iterable[Record]]] = [(source.where("train"), source.records("train"))]
+    elif isinstance(source, FolderSource):
+        if not source.holds("train"):
+            source.records("train")  # says what the folder holds instead
+        parts = ((str(file), _records(file)) for file in source.files("train"))
+    else:
+        raise ConfigError(f"data.streaming: task '{task}' has no file of its own for training rows")
+    for place, records in parts:
+        for index, record in enumerate(records, start=1):
+            yield place, index, record
 
 
 def _records(file: Path) -> Iterator[Record]:

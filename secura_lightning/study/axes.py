@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_lightning.errors import ConfigError
-from secura_lightning.study.settings import Settings, overlay, read_yaml
+from secura_lightning.study.settings import Settings, overlay, read_yaml, scalar
 
 SHIPPED = Path(__file__).parent.parent / "configs"
 """The shipped configurations: in a checkout a link to the top-level folder, in an installed package the files."""
@@ -78,6 +78,12 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def means(text: str, value: Any) -> bool:
+    """Whether a word of the command line means ``value``: 1e-3 and 0.001 are the same number."""
+    shown = show(value)
+    return text == shown or show(scalar(text)) == shown
 
 
 def _clean(text: str) -> str:
@@ -149,6 +155,12 @@ def read_base(files: str | Sequence[str] | None, folder: Path) -> Settings:
         places = folder / str(name), Path(name), SHIPPED / Path(name).name
         settings = overlay(settings, read_yaml(next((path for path in places if path.is_file()), places[0])))
     return settings
+
+
+def options_of(axes: Mapping[str, Axis], name: str) -> list[Any]:
+    """Every option that an axis can take, those that only variants of other axes give it among them."""
+    own = (variant.axes.get(name, []) for axis in axes.values() for variant in axis.variants.values())
+    return [*axes[name].options, *(value for values in own for value in values)]
 
 
 def product(axes: Mapping[str, Axis], fixed: Mapping[str, Any] | None = None) -> Iterator[Values]:

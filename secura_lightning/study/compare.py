@@ -10,14 +10,13 @@ import numpy as np
 
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.metrics import continual
-from secura_lightning.study.axes import show
-from secura_lightning.study.load import SEEDS
-from secura_lightning.study.records import Record, metric_names, value_of
+from secura_lightning.study.alike import SEEDS
+from secura_lightning.study.axes import means, show
+from secura_lightning.study.records import LOWER_IS_BETTER, Record, metric_names, value_of
 from secura_lightning.study.resample import Bootstrap, Kinds
 from secura_lightning.study.stats import Array, difference_over_rows, difference_over_seeds, holm, mean_interval
-from secura_lightning.study.table import number
+from secura_lightning.study.table import number, shortened
 
-LOWER_IS_BETTER = ("forgetting", "perplexity", "perplexity_ratio", "parameters", "seconds", "memory_mb")
 Basis = Literal["seeds", "rows"]
 
 
@@ -26,7 +25,7 @@ class Group:
     """Runs that are repeats of each other.
 
     Attributes:
-        axes: Axis -> shown value, seeds left out.
+        axes: Axis -> shown value, cut where it is long, seeds left out.
         records: The runs.
     """
 
@@ -89,7 +88,8 @@ def group(records: Sequence[Record], over: Sequence[str] = ()) -> list[Group]:
         groups.setdefault(tuple(axes.values()), Group(axes, [])).records.append(record)
     found = list(groups.values())
     varying = [name for name in kept if len({one.axes[name] for one in found}) > 1] or kept[:1]
-    return [Group({name: one.axes[name] for name in varying} or {"run": "all"}, one.records) for one in found]
+    short = {name: shortened(one.axes[name] for one in found) for name in varying}
+    return [Group({k: short[k][one.axes[k]] for k in varying} or {"run": "all"}, one.records) for one in found]
 
 
 def value(record: Record, metric: str, kinds: Kinds | None = None) -> float | None:
@@ -151,7 +151,8 @@ def find(groups: Sequence[Group], wanted: str) -> Group:
     """
     pairs = dict(pair.split("=", 1) for pair in wanted.split(",") if "=" in pair)
     fits = [one for one in groups if one.label == wanted]
-    fits = fits or [one for one in groups if pairs and all(one.axes.get(k) == v for k, v in pairs.items())]
+    named = [one for one in groups if pairs and set(pairs) <= set(one.axes)]
+    fits = fits or [one for one in named if all(means(text, one.axes[name]) for name, text in pairs.items())]
     fits = fits or [one for one in groups if wanted in one.axes.values()]
     if len(fits) != 1:
         which = "fits no group" if not fits else f"fits {len(fits)} groups"

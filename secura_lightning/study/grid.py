@@ -15,7 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from secura_lightning.errors import ConfigError
-from secura_lightning.study.axes import Axis, Values, apply, cell_name, matches, product, read_axes, read_base, show
+from secura_lightning.study.axes import (
+    Axis,
+    Values,
+    apply,
+    cell_name,
+    matches,
+    options_of,
+    product,
+    read_axes,
+    read_base,
+    show,
+)
+from secura_lightning.study.records import LOWER_IS_BETTER, METRICS_OF_RUNS, TWO_TASKS
 from secura_lightning.study.settings import Settings, get_key, overlay, read_yaml, signature
 
 _KEYS = ("base", "set", "axes", "include", "exclude", "select", "name", "save_dir")
@@ -58,7 +70,7 @@ class Select:
         axis: The axis.
         per: Axes for each combination of which a value is chosen; the others stand at ``fixed``, or their first option.
         metric: What is compared: a metric of ``continual.json``, or ``task/NAME`` or ``base/KIND`` at the run's end.
-        mode: ``max`` or ``min``.
+        mode: ``max`` or ``min``; by default whichever is better.
         tasks: How many tasks a search run learns; None for all.
         rows: Split that is scored.
         fixed: Options of the other axes in the search.
@@ -196,9 +208,12 @@ def read_sweep(path: Path, save_dir: Path | None = None) -> Sweep:
         select=_select(content.get("select"), axes, f"{where}: select"),
     )
     for entry in sweep.include:
-        for axis, value in entry.items():
-            if isinstance(value, list) or (axes[axis].variants and value not in axes[axis].variants):
-                raise ConfigError(f"{where}: include: {axis} has no option {show(value)}")
+        _check_options(entry, axes, f"{where}: include")
+    for entry in sweep.exclude:
+        for axis, wanted in entry.items():
+            for value in wanted if isinstance(wanted, list) else [wanted]:
+                if value not in options_of(axes, axis):
+                    raise _no_option(axes, axis, value, f"{where}: exclude")
     if not sweep.cells():
         raise ConfigError(f"{where}: exclude leaves no cell")
     return sweep
@@ -210,32 +225,63 @@ def _select(content: Any, axes: dict[str, Axis], where: str) -> Select | None:
     content = _mapping(content, where)
     _check_keys(content, _SELECT_KEYS, where)
     axis = content.get("axis")
-    if axis not in axes or axes[axis].variants:
+    if not isinstance(axis, str) or axis not in axes or axes[axis].variants:
         raise ConfigError(f"{where}.axis: name an axis of values, not {axis!r}")
     others = [name for name in axes if name != axis]
     per = content.get("per", [name for name in others if axes[name].variants])
     fixed = _mapping(content.get("fixed"), f"{where}.fixed")
+    if not isinstance(per, list):
+        raise ConfigError(f"{where}.per is {per!r}; give a list of axes")
     for name in (*per, *fixed):
         if name not in others:
             raise ConfigError(f"{where}: '{name}' is no other axis; choose among {', '.join(others) or '(none)'}")
-    mode, rows, tasks = content.get("mode", "max"), content.get("rows", "validation"), content.get("tasks", "first")
+    _check_options(fixed, axes, f"{where}.fixed")
+    metric = _metric(content.get("metric", "learning_accuracy"), where)
+    mode = content.get("mode", "min" if metric in LOWER_IS_BETTER else "max")
+    rows, tasks = content.get("rows", "validation"), content.get("tasks", "first")
     if mode not in ("max", "min"):
         raise ConfigError(f"{where}.mode is {mode!r}; give max or min")
     if rows not in ("validation", "test"):
         raise ConfigError(f"{where}.rows is {rows!r}; give validation (or test, which biases the result)")
-    counts = {"first": 1, "all": None}
-    if tasks not in counts and not (isinstance(tasks, int) and tasks > 0):
+    if tasks not in ("first", "all") and not (isinstance(tasks, int) and not isinstance(tasks, bool) and tasks > 0):
         raise ConfigError(f"{where}.tasks is {tasks!r}; give first, all, or how many")
+    count = {"first": 1, "all": None}.get(tasks, tasks)
+    if count == 1 and metric in TWO_TASKS:
+        raise ConfigError(f"{where}.tasks is {tasks}, but {metric} needs two tasks: give 2, more, or all")
     return Select(
         axis=axis,
         per=tuple(per),
-        metric=content.get("metric", "learning_accuracy"),
+        metric=metric,
         mode=mode,
-        tasks=counts.get(tasks, tasks),
+        tasks=count,
         rows=rows,
         fixed=fixed,
         settings=_mapping(content.get("set"), f"{where}.set"),
     )
+
+
+def _metric(metric: Any, where: str) -> str:
+    """The metric of a search, if a run can have it: of tasks and kinds of knowledge the runs alone know the names."""
+    scope, _, name = str(metric).partition("/")
+    if metric in METRICS_OF_RUNS or (scope in ("task", "base") and name):
+        return str(metric)
+    plain = {known.lower(): known for known in METRICS_OF_RUNS}
+    near = get_close_matches(str(metric).lower(), plain, n=1)
+    known = ", ".join((*METRICS_OF_RUNS, "task/NAME", "base/KIND"))
+    hint = f"did you mean '{plain[near[0]]}'?" if near else f"choose among {known}"
+    raise ConfigError(f"{where}.metric: no '{metric}'; {hint}")
+
+
+def _check_options(values: Values, axes: dict[str, Axis], where: str) -> None:
+    """Refuse what no axis can take; an axis of plain values takes any other one too."""
+    for name, value in values.items():
+        if value not in axes[name].options and (axes[name].variants or isinstance(value, list | dict)):
+            raise _no_option(axes, name, value, where)
+
+
+def _no_option(axes: dict[str, Axis], name: str, value: Any, where: str) -> ConfigError:
+    known = ", ".join(dict.fromkeys(map(show, options_of(axes, name))))
+    return ConfigError(f"{where}: {name} has no option {show(value)}; it has {known}")
 
 
 def _patterns(content: Any, axes: dict[str, Axis], where: str) -> list[Values]:

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secura_lightning.errors import SecuraError
+from secura_lightning.metrics.continual import summarise
 from secura_lightning.metrics.corpus import CORPUS
 from secura_lightning.metrics.text import METRICS
 
@@ -34,6 +35,12 @@ Record = dict[str, Any]
 
 REPORT = "continual.json"
 RESULTS = "results.jsonl"
+_ONE_TASK = summarise(np.ones((2, 1)), np.ones((2, 1)))
+METRICS_OF_RUNS = (*_ONE_TASK, "base_accuracy", "perplexity", "perplexity_ratio", "parameters", "seconds", "memory_mb")
+"""What every run may be measured by; ``task/NAME`` and ``base/KIND`` depend on its tasks and its probe."""
+TWO_TASKS = tuple(name for name, value in _ONE_TASK.items() if value is None)
+"""Metrics that a run of one task leaves undefined."""
+LOWER_IS_BETTER = ("forgetting", "perplexity", "perplexity_ratio", "parameters", "seconds", "memory_mb")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 _STEPS = 64 * 64 - 1
 _KEPT = ("tasks", "matrix", "base_knowledge", "metrics", "steps", "meta")
@@ -60,6 +67,18 @@ def read_report(folder: Path) -> Record:
     if not isinstance(report, dict) or any(key not in report for key in _KEPT):
         raise SecuraError(f"{path} was not written by secura fit")
     return report
+
+
+def read_lines(path: Path) -> list[Any]:
+    """What the lines of a JSONL file hold.
+
+    Lines end at a line feed alone: text that a model wrote may hold U+2028 and other ends of lines of ``splitlines``.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: A line is no JSON.
+    """
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def record_of(folder: Path) -> Record:
@@ -119,7 +138,7 @@ def _predictions(folder: Path, name: str) -> list[Record]:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_lines(path)
     except ValueError as error:
         raise SecuraError(f"{path} is damaged: {error}") from error
 

@@ -104,10 +104,12 @@ def difference_over_seeds(
     else:
         parts = [_variance(values) / len(values) for values in (ours, theirs)]
         sizes = [len(ours), len(theirs)]
-    error = math.sqrt(sum(parts))
+    total = sum(parts)
+    error = math.sqrt(total)
     if error <= 1e-9 * max(map(abs, (*ours, *theirs))):  # rounding of the sums, or zero
         return None
-    df = sum(parts) ** 2 / sum(part**2 / (n - 1) for part, n in zip(parts, sizes, strict=True))
+    # of shares, since squares of small variances may be zero
+    df = 1 / sum((part / total) ** 2 / (n - 1) for part, n in zip(parts, sizes, strict=True))
     half = t_quantile((1 + level) / 2, df) * error
     return gap, gap - half, gap + half, t_p_value(gap / error, df)
 

@@ -15,11 +15,11 @@ from typing import Any
 from tqdm import tqdm
 
 from secura_lightning.errors import ConfigError, SecuraError
-from secura_lightning.study.axes import show
+from secura_lightning.study.axes import means, options_of, show
 from secura_lightning.study.cells import CellFolder
 from secura_lightning.study.grid import Cell, Sweep
 from secura_lightning.study.pool import Child, Pool, locked
-from secura_lightning.study.records import RESULTS, Record, metric_names, value_of
+from secura_lightning.study.records import RESULTS, Record, metric_names, read_lines, value_of
 from secura_lightning.study.settings import write_text
 from secura_lightning.study.table import number, render
 
@@ -37,7 +37,13 @@ class Runner:
         sweep: The sweep.
         jobs: Runs at a time.
         threads: Threads of each run.
-        only: Axis -> the shown values to keep to; other cells are left as they are.
+        only: Axis -> the values to keep to, as text; other cells are left as they are.
+
+    Attributes:
+        undecided: Groups among the kept ones for which the search chose no value, so that none of their runs started.
+
+    Raises:
+        ConfigError: ``only`` asks for what the sweep does not have.
     """
 
     def __init__(
@@ -48,14 +54,21 @@ class Runner:
         self.jobs = jobs
         self.threads = threads
         self.only = dict(only or {})
-        for name, values in self.only.items():
-            if name not in sweep.axes:
-                raise ConfigError(f"--only: '{name}' is no axis; the axes are {', '.join(sweep.axes)}")
-            axis = sweep.axes[name]
-            for value in values:
-                if axis.variants and value not in axis.variants:
-                    raise ConfigError(f"--only: axis {name} has no '{value}'; it has {', '.join(axis.variants)}")
+        self.undecided: list[str] = []
+        self._check_only()
         self.records: dict[str, Record] = _read_results(self.root / RESULTS)
+
+    def _check_only(self) -> None:
+        for name, values in self.only.items():
+            if name not in self.sweep.axes:
+                raise ConfigError(f"--only: '{name}' is no axis; the axes are {', '.join(self.sweep.axes)}")
+            options = [*options_of(self.sweep.axes, name), *(e[name] for e in self.sweep.include if name in e)]
+            for value in values:
+                if not any(means(value, option) for option in options):
+                    known = ", ".join(dict.fromkeys(map(show, options)))
+                    raise ConfigError(f"--only: axis {name} has no '{value}'; it has {known}")
+        if self.only and not self._kept([*self.sweep.search(), *self.sweep.cells()]):
+            raise ConfigError("--only leaves no cell: no run of the sweep has all of these values")
 
     # ------------------------------------------------------------------ running
 
@@ -70,13 +83,36 @@ class Runner:
             KeyboardInterrupt: Stopped; the next run goes on.
         """
         with locked(self.root) as lock:
+            self._leave_out_others({})
             failed = self._run_cells(self._kept(self.sweep.search()), "search", lock)
             chosen = None
             if self.sweep.select:
                 chosen = self.choose(tell=True)
+                self._leave_out_others(chosen)
             if stage == "all":
                 failed += self._run_cells(self._kept(self.sweep.cells(chosen)), "runs", lock)
         return failed
+
+    def _leave_out_others(self, chosen: Chosen) -> None:
+        """Forget results of cells that the sweep does not have, or not with these settings: its file has changed since.
+
+        Args:
+            chosen: The selected value of each group. Of other groups the results of every value stay.
+        """
+        cells = [*self.sweep.search(), *self.sweep.cells(chosen)]
+        for cell in self.sweep.search():
+            if self.sweep.select and (group := self.sweep.group(cell.values)) not in chosen:
+                cells += self.sweep.cells({group: cell.values[self.sweep.select.axis]})
+        asked = {(cell.id, cell.signature) for cell in cells}
+        other = [name for name, record in self.records.items() if (name, record.get("signature")) not in asked]
+        if not other:
+            return
+        named = f"{', '.join(other[:3])}{', ...' if len(other) > 3 else ''}"
+        print(f"left out of {RESULTS}: {len(other)} finished with settings that the sweep no longer has ({named}); "
+              "their folders stay", flush=True)  # fmt: skip
+        for name in other:
+            del self.records[name]
+        self._write_results()
 
     def _run_cells(self, cells: Sequence[Cell], title: str, lock: int) -> list[CellFolder]:
         """Run cells of one stage; those that failed."""
@@ -84,7 +120,7 @@ class Runner:
         done = [folder for folder in folders if folder.is_finished()]
         todo = [folder for folder in folders if folder not in done]
         for folder in folders:
-            self.records.pop(folder.cell.id, None)  # settings may have changed since
+            self.records.pop(folder.cell.id, None)  # its run may be gone
         for folder in done:
             self.records[folder.cell.id] = folder.record()
         self._write_results()
@@ -115,7 +151,7 @@ class Runner:
             cell
             for cell in cells
             if all(
-                show(cell.values[name]) in values
+                any(means(value, cell.values[name]) for value in values)
                 for name, values in self.only.items()
                 if name in cell.values and (cell.stage == "main" or name in own)
             )
@@ -151,15 +187,17 @@ class Runner:
             told = tell and bool(self._kept(cells))
             scores = {}
             for cell in cells:
-                record = self.records.get(cell.id)
-                if record and record["signature"] == cell.signature:
+                record = self._result(cell)
+                if record:
                     scores[cell.values[select.axis]] = self._score(record, select.metric)
             known = {value: score for value, score in scores.items() if score is not None}
             name = ", ".join(show(option) for option in group) or "all"
             if not known:
                 notes.append({"group": dict(zip(select.per, group, strict=True)), "chosen": None})
                 if told:
-                    print(f"{name}: no finished search run, so none of its runs can start")
+                    self.undecided.append(name)
+                    why = f"its search runs have no {select.metric}" if scores else "no finished search run"
+                    print(f"{name}: {why}, so none of its runs can start")
                 continue
             best = max(known, key=lambda value: sign * known[value])
             chosen[group] = best
@@ -178,6 +216,11 @@ class Runner:
             write_text(self.root / SELECTION, json.dumps(notes, indent=1, ensure_ascii=False) + "\n")
         return chosen
 
+    def _result(self, cell: Cell) -> Record | None:
+        """The result of a cell with these settings."""
+        record = self.records.get(cell.id)
+        return record if record and record.get("signature") == cell.signature else None
+
     def _score(self, record: Record, metric: str) -> float | None:
         if metric not in metric_names(record):
             raise ConfigError(f"select.metric: no '{metric}'; choose among {', '.join(metric_names(record))}")
@@ -191,7 +234,7 @@ class Runner:
         rows = []
         cells = self._kept(self.sweep.search())
         chosen: Chosen | None = None
-        if self.sweep.select and all(cell.id in self.records for cell in cells):
+        if self.sweep.select and all(self._result(cell) for cell in cells):
             chosen = self.choose()
         for cell in [*cells, *self._kept(self.sweep.cells(chosen))]:
             waits = self.sweep.select is not None and self.sweep.select.axis not in cell.values
@@ -287,7 +330,6 @@ def _read_results(path: Path) -> dict[str, Record]:
     if not path.is_file():
         return {}
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {record["cell"]: record for record in records}
-    except (ValueError, KeyError) as error:
+        return {record["cell"]: record for record in read_lines(path)}
+    except (ValueError, TypeError, KeyError) as error:
         raise SecuraError(f"{path} is damaged ({error}); remove it, the next run writes it anew") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 Format = Literal["text", "markdown", "csv", "latex"]
@@ -57,6 +57,21 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "-"
     return f"{value:.0f}" if abs(value) >= 1000 or (isinstance(value, int)) else f"{value:.{digits}f}"
+
+
+def shortened(texts: Iterable[str], width: int = 40) -> dict[str, str]:
+    """Every text, long ones cut so that no two look alike: to their start, or to where they begin to differ.
+
+    Texts that neither tells apart stay whole.
+    """
+    known = list(dict.fromkeys(texts))
+    long = [text for text in known if len(text) > width]
+    differ = next((i for i, letters in enumerate(zip(*long, strict=False)) if len(set(letters)) > 1), 0)
+    for start in (0, differ):
+        cut = {text: f"{'…' if start else ''}{text[start : start + width]}…" for text in long}
+        if len({cut.get(text, text) for text in known}) == len(known):
+            return {text: cut.get(text, text) for text in known}
+    return {text: text for text in known}
 
 
 def _bar(cell: str) -> str:

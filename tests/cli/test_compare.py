@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
@@ -154,6 +154,24 @@ def test_pictures_are_written(results: Callable[..., Path], capsys: pytest.Captu
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_that_cannot_be_drawn_is_told(
+    results: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bare = [{**one, "base_knowledge": None, "metrics": {**one["metrics"], "base_retention": None}} for one in RUNS]
+    out = compare(capsys, results(bare), "--plots", tmp_path / "figures")
+    assert "no pareto.png: no group has both base_retention and learning_accuracy" in out
+    assert not (tmp_path / "figures" / "pareto.png").exists()
+
+
+def test_numbers_may_be_written_in_any_way(results: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = results([*RUNS, *(record("lora", seed, 0.6, lr=0.01) for seed in (1, 2))])
+    for text in ("1e-3", "0.001", "1.0e-3,1e-3"):
+        rows = table(compare(capsys, path, "--where", f"lr={text}", "--format", "csv"))
+        assert [(row["method"], row["n"]) for row in rows] == [("secura", "3"), ("lora", "3")]
+    tested = table(compare(capsys, path, "--against", "method=lora,lr=1e-2", "--format", "csv"))
+    assert [row["lr"] for row in tested if not row["Δ AP"]] == ["0.01"]
+
+
 def test_markdown_cells_cannot_break_the_table() -> None:
     assert render(["a", "b"], [["x|y", "1"]], "markdown").splitlines()[-1] == "| x\\|y |   1 |"
 
@@ -202,6 +220,10 @@ def test_the_same_cell_of_two_sweeps_stays_two_groups(
         (["{results}", "--over", "nope"], 2, "--over nope: no such axis"),
         (["{results}", "--kinds", "a=nothing"], 2, "the probe has no kind 'nothing'"),
         (["{damaged}"], 1, "is damaged"),
+        (["{results}", "--top", "0", "--plots", "{empty}"], 2, "--top is 0; it must be at least 1"),
+        (["{results}", "--resamples", "0", "--against", "lora"], 2, "--resamples is 0; it must be at least 1"),
+        (["{single}", "--seed", "-1", "--against", "lora"], 2, "--seed is -1; it must be at least 0"),
+        (["{results}", "--plots", "{empty}", "--retention", "typo"], 2, "metric 'typo' is unknown; choose among AP"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -270,6 +292,7 @@ def test_students_t_by_hand() -> None:
     st.lists(st.floats(-1, 1), min_size=2, max_size=6, unique=True),
     st.lists(st.floats(-1, 1), min_size=2, max_size=6, unique=True),
 )
+@example([0.0, 1e-130], [0.0, 1e-275])  # the squares of their variances are zero
 def test_other_seeds_are_compared_by_welch_as_in_scipy(ours: list[float], theirs: list[float]) -> None:
     found = stats.difference_over_seeds(ours, theirs, paired=False)
     spread = np.var(ours) / len(ours) + np.var(theirs) / len(theirs)

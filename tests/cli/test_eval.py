@@ -134,6 +134,21 @@ def test_lm_eval_is_called_through_its_python_api(base: Path, monkeypatch: pytes
     assert (seen["tasks"], seen["limit"]) == (["arc_easy"], 7)
 
 
+def test_two_configurations_of_one_base_have_folders_of_their_own(
+    base: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = config.with_name("other.yaml")
+    other.write_text(config.read_text().replace("name: first", "name: second"))
+    for file in (config, other):
+        assert main(["eval", "--config", str(file), "--forgetting.limit", "2"]) == 0
+    folder = Path("evaluations")
+    for name, task in (("config", "first"), ("other", "second")):
+        assert list(result(folder / name / base.name)["tasks"]) == [task]
+        found = {path.name for path in (folder / name / base.name / "predictions").glob("row*")}
+        assert found == {f"row0_{task}.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -145,6 +160,8 @@ def test_lm_eval_is_called_through_its_python_api(base: Path, monkeypatch: pytes
         (["--config", "{c}", "--limit", "3"], 2, "go with --lm-eval"),
         (["--config", "{c}", "--data.bach_size", "3"], 2, "no key 'data.bach_size'"),
         (["--config", "absent.yaml"], 2, "absent.yaml"),
+        (["--config", "{c}", "--out", "{c}"], 1, "config.yaml is a file; give a folder"),
+        (["--config", "{c}", "--out", "{c}/a/b"], 1, "config.yaml is a file; give a folder"),
         (["--model", "x", "--lm-eval", "arc", "--limit", "0"], 2, "--limit is 0"),
         (["--model", "x", "--lm-eval", "arc", "--unknown", "0"], 2, "no option --unknown"),
     ],

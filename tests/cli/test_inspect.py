@@ -60,6 +60,7 @@ def test_an_overlay_and_keys_change_what_is_shown(tmp_path: Path, capsys: pytest
     ("args", "message"),
     [
         (["--only", "secnd"], "--only: no task 'secnd'; did you mean 'second'?"),
+        (["--examples", "-1"], "--examples is -1; it must be at least 0"),
         (["--trainer.max_epochs", "2"], "trainer.max_epochs: the length of a run is set by its tasks"),
         (["--data.group_by_length", "true", "--data.packing", "true"], "keep one"),
         (["--data.streaming", "true"], "data.streaming: task 'first' is not read from files"),

@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from secura_lightning import __version__
-from secura_lightning.cli.main import COMMANDS, main
+from secura_lightning.cli.checkpoints import find_checkpoint
+from secura_lightning.cli.config_files import check_config_files
+from secura_lightning.cli.main import COMMANDS, CONFIGURED, main
+from secura_lightning.errors import SecuraError
 from tests.integration.conftest import TINY
 
 
@@ -42,6 +46,9 @@ def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     assert "did you mean 'fit'?" in capsys.readouterr().err
 
 
+TABLE = "[{class_path: TableTask, init_args: {name: mail, path: x, template: '{q}', choices: [yes, no]}}]"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -62,6 +69,12 @@ def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
         (["--model.optimizer.lr", "fast"], 2, "lr: cannot be 'fast'"),
         (["--data.tasks", "[]"], 2, "data.tasks is empty"),
         (["--data.batch_size", "0"], 2, "data.batch_size is 0"),
+        (["--data.max_length", "0"], 2, "data.max_length is 0; it must be at least 2"),
+        (["--data.steps_per_task", "null", "--data.epochs_per_task", ".nan"], 2, "data.epochs_per_task is nan;"),
+        (["--data.steps_per_task", "null", "--data.epochs_per_task", ".inf"], 2, "data.epochs_per_task is inf;"),
+        (["--data.tasks", TABLE], 2, "task 'mail': init_args.choices: YAML reads a label as the truth value True;"),
+        (["--trainer.accumulate_grad_batches", "0"], 2, "trainer.accumulate_grad_batches is 0; it must be at least 1"),
+        (["--seed_everything", "-3"], 2, "seed_everything is -3; it must be from 0"),
         (["--data.batch_size", "many"], 2, "data.batch_size: expected int, got many"),
         (["--data.epochs_per_task", "2"], 2, "data.epochs_per_task and data.steps_per_task are both set"),
         (["--data.steps_per_task", "[1, 2]"], 2, "data.steps_per_task has 2 entries for 3 tasks"),
@@ -84,3 +97,71 @@ def test_bad_input_is_one_line_that_names_the_key(
     assert len(told) == 1
     assert message in told[0]
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def one_line(capsys: pytest.CaptureFixture[str], command: str) -> str:
+    """What a failed command told, which must be one line."""
+    told = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in told if line.startswith(f"secura {command}: ")]
+    assert "Traceback" not in "".join(told)
+    return line
+
+
+@pytest.mark.parametrize("command", CONFIGURED)
+@pytest.mark.parametrize("option", ["--config {}", "--config={}", "-c {}"])
+def test_a_key_that_stands_twice_is_refused_by_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, option: str
+) -> None:
+    (tmp_path / "good.yaml").write_text("trainer: {devices: 1}\n")
+    (tmp_path / "twice.yaml").write_text("trainer: {devices: 1}\ndata: {}\ntrainer: {devices: 2}\n")
+    files = [part for name in ("good", "twice") for part in option.format(tmp_path / f"{name}.yaml").split()]
+    assert main([command, *files]) == 2
+    assert "twice.yaml: not valid YAML: key 'trainer' stands twice" in one_line(capsys, command)
+
+
+@pytest.mark.parametrize("command", CONFIGURED)
+def test_a_file_of_another_encoding_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "a.yaml").write_text("name: x\n", encoding="utf-16")
+    assert main([command, "--config", str(tmp_path / "a.yaml")]) == 2
+    assert "a.yaml: byte 0 is not UTF-8; save the file as UTF-8" in one_line(capsys, command)
+
+
+def test_what_the_parser_of_fit_takes_is_not_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nname: 2020-13-45\n", encoding="utf-8-sig")
+    check_config_files(["--config", str(path), "--config", "{inline: 1}", "--config", "absent.yaml", "-c"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fit", "--config", "tiny.yaml", "--save_dir", "afile/x"],
+        ["sweep", "-c", "grid.yaml", "--save_dir", "afile"],
+        ["configs", "cp", "quickstart", "afile/q.yaml"],
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("afile").touch()
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
+    Path("grid.yaml").write_text("base: tiny.yaml\naxes: {seed: [1]}\n")
+    assert main(arguments) == 1
+    assert "afile" in one_line(capsys, arguments[0])
+    assert main([*arguments, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_last_is_the_newest_version_whatever_lies_beside_it(tmp_path: Path) -> None:
+    for name in ("version_0_backup", "version_9", "version_10", "version_11"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    for name in ("version_0_backup", "version_9", "version_10"):
+        torch.save({"secura": {}}, tmp_path / name / "checkpoints" / "last.ckpt")
+    assert find_checkpoint("last", tmp_path) == tmp_path / "version_10" / "checkpoints" / "last.ckpt"
+    assert find_checkpoint("auto", tmp_path / "nowhere") is None
+    (tmp_path / "version_10" / "checkpoints" / "last.ckpt").write_bytes(b"PK half")
+    with pytest.raises(SecuraError, match=r"^--ckpt_path: .*version_10.*last\.ckpt is damaged"):
+        find_checkpoint("last", tmp_path)

@@ -262,7 +262,8 @@ def test_python_merge_gives_the_plain_model_back() -> None:
         (["--ckpt", "{tmp}/last.ckpt", "--out", "{tmp}/o", "--push", "nowhere"], 2, "--push nowhere: give OWNER/NAME"),
         (["--ckpt", "{tmp}/last.ckpt", "--out", "{tmp}/o", "--public"], 2, "give --push OWNER/NAME too"),
         (["--ckpt", "{tmp}/last.ckpt", "--out", "{tmp}/o", "--weights", "long_term"], 1, "--weights long_term"),
-        (["--ckpt", "{tmp}/foreign.ckpt", "--out", "{tmp}/o"], 1, "was not written by secura fit"),
+        (["--ckpt", "{tmp}/foreign.ckpt", "--out", "{tmp}/o"], 1, "foreign.ckpt was not written by secura fit"),
+        (["--ckpt", "{tmp}/half.ckpt", "--out", "{tmp}/o"], 1, "secura merge: --ckpt: {tmp}/half.ckpt is damaged"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -270,13 +271,14 @@ def test_bad_input_is_one_line(
 ) -> None:
     checkpoint(tmp_path / "last.ckpt", base, EVERY["LoRA-none"])
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    (tmp_path / "half.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:900])
     assert main(["merge", *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)]) == code
     told = capsys.readouterr().err.strip().splitlines()
     assert [line for line in told if line.startswith("secura")] == [
         line for line in told if line.startswith("secura merge: ")
     ]
-    assert sum(message in line for line in told) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "foreign.ckpt"}
+    assert sum(message.replace("{tmp}", str(tmp_path)) in line for line in told) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "foreign.ckpt", "half.ckpt"}
 
 
 def test_changed_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,22 @@ def test_signature_ignores_where_a_run_is_written_and_nothing_else() -> None:
         ({"axes": {"lr": [1]}, "exclude": [{"lr": 1}]}, "exclude leaves no cell"),
         ({"axes": {"m": {"a": None}}, "include": [{"m": "b"}]}, "include: m has no option b"),
         ({"axes": {"lr": [1]}, "select": {"axis": "m"}}, "select.axis: name an axis of values"),
+        ({"axes": {"m": {"a": None}, "s": None}, "exclude": [{"m": "b"}]}, "axes.s: give a list"),
+        ({"axes": {"m": {"a": None, "c": None}}, "exclude": [{"m": ["a", "b"]}]}, "exclude: m has no option b; it has"),
+        ({"axes": {"lr": [0.1, 0.2]}, "exclude": [{"lr": 0.3}]}, "exclude: lr has no option 0.3; it has 0.1, 0.2"),
+        ({"axes": {"lr": [1], "m": {"a": None}}, "select": {"axis": ["lr"]}}, "select.axis: name an axis of values"),
+        ({"axes": {"lr": [1], "m": {"a": None}}, "select": {"axis": "lr", "per": "m"}}, "select.per is 'm'; give a"),
+        ({"axes": {"lr": [1]}, "select": {"axis": "lr", "tasks": [1]}}, "select.tasks is [1]; give first, all"),
+        ({"axes": {"lr": [1]}, "select": {"axis": "lr", "tasks": True}}, "select.tasks is True; give first, all"),
+        (
+            {"axes": {"lr": [1], "m": {"a": None}}, "select": {"axis": "lr", "per": [], "fixed": {"m": "zzz"}}},
+            "select.fixed: m has no option zzz; it has a",
+        ),
+        ({"axes": {"lr": [1]}, "select": {"axis": "lr", "metric": "ap"}}, "metric: no 'ap'; did you mean 'AP'?"),
+        ({"axes": {"lr": [1]}, "select": {"axis": "lr", "metric": "perplexty"}}, "did you mean 'perplexity'?"),
+        ({"axes": {"lr": [1]}, "select": {"axis": "lr", "metric": ["AP"]}}, "select.metric: no '['AP']'"),
+        ({"axes": {"lr": [1]}, "select": {"axis": "lr", "metric": "BWT"}}, "BWT needs two tasks: give 2, more, or all"),
+        ({"axes": {"lr": [1]}, "select": {"axis": "lr", "metric": "forgetting", "tasks": 1}}, "forgetting needs two"),
         ({"axes": {"lr": [1]}, "select": {"axis": "lr", "metrc": 1}}, "no key 'metrc'; did you mean 'metric'?"),
         ({"axes": {"lr": [1]}, "select": {"axis": "lr", "per": ["m"]}}, "'m' is no other axis"),
         ({"axes": {"lr": [1]}, "set": {"model.adapter.rank.x": 1}}, "model.adapter.rank is 4"),
@@ -142,6 +158,18 @@ def test_a_wrong_file_is_one_line_that_names_the_key(
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
     assert message in told[0]
+
+
+def test_a_search_wants_what_is_better(write: Callable[..., Path]) -> None:
+    def mode(**select: Any) -> str:
+        read = read_sweep(write(axes={"lr": [1]}, select={"axis": "lr", **select})).select
+        assert read is not None
+        return read.mode
+
+    assert [mode(metric=name) for name in ("perplexity", "perplexity_ratio")] == ["min", "min"]
+    assert mode(metric="forgetting", tasks=2) == "min"
+    assert [mode(), mode(metric="base_retention"), mode(metric="task/A"), mode(metric="base/past")] == ["max"] * 4
+    assert mode(metric="perplexity", mode="max") == "max"
 
 
 def test_keys_that_stand_twice_are_refused(tmp_path: Path) -> None:
@@ -185,6 +213,77 @@ def test_changed_settings_run_anew_beside_the_old_run(write: Callable[..., Path]
     # Back again: the newest run has other settings, so nothing is taken for finished that is not.
     assert sweep(write(axes={"seed": [1]})) == 0
     assert results(path)["seed=1"]["metrics"]["AP"] == 0.73
+
+
+def test_results_of_old_settings_are_not_mixed_in(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(write(axes={"lr": [0.001, 0.02], "seed": [1]})) == 0
+    path = write(axes={"lr": [0.001, 0.01], "seed": [1]})
+    capsys.readouterr()
+    assert sweep(path) == 0
+    out = capsys.readouterr().out
+    told = [line for line in out.splitlines() if line.startswith("left out")]
+    assert len(told) == 1
+    assert "1 finished with settings that the sweep no longer has (lr=0.02,seed=1); their folders stay" in told[0]
+    assert sorted(results(path)) == ["lr=0.001,seed=1", "lr=0.01,seed=1"]
+    assert not any(line.startswith("lr=0.02") for line in out.splitlines())
+    assert (path.parent / "runs" / "lr=0.02,seed=1" / "version_0" / "continual.json").is_file()
+    path = write(axes={"lr": [0.001, 0.01], "seed": [1]}, set={"data.steps_per_task": 7})  # every cell is another one
+    assert sweep(path, "--only", "lr=0.01") == 0
+    assert list(results(path)) == ["lr=0.01,seed=1"]
+
+
+def test_only_keeps_what_others_have_left(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(axes={"method": {"a": None, "b": None}, "lr": [0.001, 0.008], "seed": [1]}, select=SELECT)
+    assert sweep(path) == 0
+    before = results(path)
+    for options in (("--only", "method=a"), ("--stage", "select", "--only", "method=b"), ("--only", "lr=1e-3")):
+        assert sweep(path, *options) == 0
+        assert results(path) == before
+    assert "left out" not in capsys.readouterr().out
+    # another search: b's old search does not count, and what b's runs should be is open until it is made
+    assert sweep(write(axes={"method": {"a": None, "b": None}, "lr": [0.001, 0.008], "seed": [1]},
+                       select={**SELECT, "set": {"forgetting.limit": 30}}), "--only", "method=a") == 0  # fmt: skip
+    assert "left out of results.jsonl: 4 finished" in capsys.readouterr().out
+    assert sorted(results(path)) == ["a,lr=0.008,seed=1", "b,lr=0.008,seed=1", "select/a,lr=0.001", "select/a,lr=0.008"]
+
+
+def test_runs_of_a_value_that_lost_leave_the_results(write: Callable[..., Path]) -> None:
+    assert sweep(write(axes={"lr": [0.001, 0.008], "seed": [1]}, select=SELECT)) == 0
+    path = write(axes={"lr": [0.001, 0.008, 0.01], "seed": [1]}, select=SELECT)
+    assert sweep(path) == 0
+    assert [name for name in results(path) if not name.startswith("select/")] == ["lr=0.01,seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--only", "seed=3"), "--only: axis seed has no '3'; it has 1, 2"),
+        (("--only", "lr=1e-4"), "--only: axis lr has no '1e-4'; it has 0.001, 0.02"),
+        (("--only", "method=b", "--only", "lr=0.001"), "--only leaves no cell"),
+    ],
+)
+def test_only_refuses_what_the_sweep_does_not_have(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    path = write(axes={"method": {"a": None, "b": {"axes": {"lr": [0.02]}}}, "lr": [0.001], "seed": [1, 2]})
+    assert sweep(path, "--dry_run", *options) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert message in told[0]
+    assert sweep(path, "--dry_run", "--only", "lr=1e-3") == 0
+    assert capsys.readouterr().out.count("to do") == 2
+    assert sweep(path, "--dry_run", "--only", "lr=2e-2") == 0
+    assert capsys.readouterr().out.count("to do") == 2
+
+
+def test_letters_that_end_lines_elsewhere_do_not_break_a_sweep(write: Callable[..., Path]) -> None:
+    path = write(axes={"seed": [1]}, set={"data.tasks": ["A\u2028", "B"]})
+    assert sweep(path) == 0
+    assert sweep(path) == 0
+    lines = (path.parent / "runs" / "results.jsonl").read_text(encoding="utf-8").split("\n")
+    assert json.loads(lines[0])["tasks"] == ["A\u2028", "B"]
 
 
 def test_a_failed_cell_is_told_and_stops_no_other(
@@ -291,8 +390,14 @@ def test_ties_go_to_the_value_listed_first_and_min_wants_the_lowest(
     low = {"axes": {"lr": [0.001, 0.008]}, "select": {**SELECT, "mode": "min"}, "name": "low"}
     assert sweep(write(**low), "--stage", "select") == 0
     assert "all: lr 0.001" in capsys.readouterr().out
-    assert sweep(write(axes=axes, select={**SELECT, "metric": "nope"}), "--stage", "select") == 2
+    assert sweep(write(axes=axes, select={**SELECT, "metric": "nope"}), "--dry_run") == 2
     assert "select.metric: no 'nope'; choose among AP" in capsys.readouterr().err
+
+
+def test_a_group_without_a_choice_is_a_failure(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    undefined = {**SELECT, "metric": "BWT", "tasks": 2}  # which the stand-in leaves undefined
+    assert sweep(write(axes={"lr": [0.001], "seed": [1]}, select=undefined)) == 1
+    assert "all: its search runs have no BWT, so none of its runs can start" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from secura_lightning.data.benchmark import BenchmarkTask, check
 from secura_lightning.data.catalogue import BENCHMARKS
 from secura_lightning.data.encode import encode_rows
 from secura_lightning.data.rows import Row
+from secura_lightning.data.stream import stream_rows
 from secura_lightning.data.tasks.benchmark import Benchmark
 from secura_lightning.data.tasks.cnn_dailymail import CNNDailyMail
 from secura_lightning.data.tasks.gsm8k import GSM8K
@@ -45,6 +46,8 @@ LABELS: dict[str, Any] = {"choices": ["yes", "no"], "n_validation": 0}
         (lambda p: GSM8K(path=p), [GOOD, {"question": "x", "answer": ""}], r"row 2: the answer is empty; fill it"),
         (lambda p: GSM8K(path=p), [GOOD, {"question": "x", "answer": "2"}], r"row 2: the answer does not end in '####"),
         (lambda p: GSM8K(path=p), [GOOD, {"question": "x", "answer": None}], r"row 2: column 'answer' is null"),
+        (lambda p: GSM8K(path=p), [GOOD, {"question": float("nan"), "answer": "2\n#### 2"}],
+         r"row 2: column 'question' is nan"),
         (lambda p: GSM8K(path=p), [{"qestion": "x", "answer": "#### 1"}], r"no column 'question'; .*'qestion'\?"),
         (lambda p: CNNDailyMail(path=p), [{"article": " ", "highlights": "x"}], r"row 1: the prompt is empty"),
         (lambda p: NewsDE(path=p), [{"EN": "x", "de": "y"}], r"row 1: no column 'en'; did you mean 'EN'\?"),
@@ -86,6 +89,24 @@ def test_broken_logiqa_block_is_named_by_line(tmp_path: Path, text: str, line: i
         LogiQA(path=str(tmp_path)).rows("train")
 
 
+def shards(folder: Path, bad: dict[str, Any]) -> BenchmarkTask:
+    """Two training files of four and five rows, the last of which is bad."""
+    rows = [{"q": str(i), "answer": "x"} for i in range(8)]
+    put(folder / "train-00000-of-00002.jsonl", rows[:4])
+    put(folder / "train-00001-of-00002.jsonl", [*rows[4:], bad])
+    put(folder / "test.jsonl", rows)
+    return TableTask("t", "{q}", path=str(folder), metric="exact", n_validation=0)
+
+
+@pytest.mark.parametrize("bad", [{"q": "y", "answer": None}, {"q": "y", "answer": " "}])
+def test_bad_row_of_a_shard_is_named_by_that_shard(tmp_path: Path, bad: dict[str, Any]) -> None:
+    task = shards(tmp_path, bad)
+    for rows in (task.rows, lambda _: list(stream_rows(task))):
+        with pytest.raises(SecuraError, match=r"task 't': .*train-00001-of-00002\.jsonl, row 5: "):
+            rows("train")
+    assert task.source.place("train", 3).endswith("train-00000-of-00002.jsonl, row 4")
+
+
 def test_missing_and_ambiguous_files_are_named(tmp_path: Path) -> None:
     put(tmp_path / "trace" / "FOMC" / "train.json", [])
     for make, message in (
@@ -108,9 +129,19 @@ def test_missing_and_ambiguous_files_are_named(tmp_path: Path) -> None:
         named.rows("test")
 
 
+def test_names_of_files_do_not_go_with_one_file(tmp_path: Path) -> None:
+    put(tmp_path / "a.jsonl", [GOOD] * 9)
+    task = GSM8K(path=str(tmp_path / "a.jsonl"), splits={"test": "b.jsonl"})
+    with pytest.raises(ConfigError, match=r"task 'gsm8k': init_args\.splits names files of a folder, .* give"):
+        task.rows("test")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: TableTask("t", "{q}", path="x", choices=[True, False]),
+         r"^task 't': init_args\.choices: YAML reads a label as the truth value True; quote them all"),
+        (lambda: TableTask("t", "{q}", path="x", choices=["one", 2]), r"as the number 2; quote them all"),
         (lambda: GSM8K(template="{qestion}? "), r"task 'gsm8k': init_args\.template ends in white space"),
         (lambda: LogiQA(template="{passage}"), r"init_args\.template: no field 'passage'; the fields are context"),
         (lambda: GSM8K(path="x", hub_id="y"), r"init_args\.path and init_args\.hub_id .* keep one"),
@@ -120,7 +151,7 @@ def test_missing_and_ambiguous_files_are_named(tmp_path: Path) -> None:
         (lambda: TableTask("t", "{q}", path="x", metric="exact", answer_is="index"), r"needs init_args\.choices"),
         (lambda: TableTask("t", "{q}", metric="exact"), r"give init_args\.path .* or init_args\.hub_id"),
     ],
-)
+)  # fmt: skip
 def test_bad_settings_are_refused_before_data_is_read(make: Callable[[], BenchmarkTask], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()

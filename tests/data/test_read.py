@@ -117,6 +117,17 @@ def test_bad_file_is_one_line_with_the_place(tmp_path: Path, name: str, content:
     assert "\n" not in str(caught.value)
 
 
+def test_rows_of_empty_cells_stay_and_empty_lines_go(tmp_path: Path) -> None:
+    blank = {"a": "", "b": ""}
+    for name, text in (("a.tsv", "a\tb\n\n1\t2\n\t\n\r\n"), ("a.csv", "a,b\n\n1,2\n,\n\r\n")):
+        assert read_rows(put(tmp_path, name, text)) == [{"a": "1", "b": "2"}, blank]
+
+
+def test_a_cell_may_hold_a_book(tmp_path: Path) -> None:
+    book = "word " * 50_000
+    assert read_rows(put(tmp_path, "a.csv", f'text,n\n"{book}",1\n')) == [{"text": book, "n": "1"}]
+
+
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     put(tmp_path, "Train.jsonl", "{}")
     with pytest.raises(SecuraError, match=r"no file or folder .*train\.json; did you mean 'Train\.jsonl'\?"):
@@ -168,7 +179,10 @@ def test_whatever_was_written_is_read_back(tmp_path: Path, cells: list[tuple[str
         assert read_rows(put(tmp_path, name, text)) == rows
 
 
-RECORD = {"question": "why", "choices": {"text": ["a", "b"], "n": 2}, "a.b": "dotted", "none": None, "yes": True}
+RECORD = {
+    "question": "why", "choices": {"text": ["a", "b"], "n": 2}, "a.b": "dotted", "none": None, "yes": True,
+    "nan": float("nan"), "inf": float("-inf"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -183,8 +197,10 @@ def test_columns_are_found_by_path(column: str, value: Any) -> None:
     [
         ("qestion", "no column 'qestion'; did you mean 'question'?"),
         ("choices.text.2", "no column 'choices.text.2'"),
-        ("xyz", "no column 'xyz'; the columns are question, choices, a.b, none, yes"),
+        ("xyz", "no column 'xyz'; the columns are question, choices, a.b, none, yes, nan, inf"),
         ("none", "column 'none' is null"),
+        ("nan", "column 'nan' is nan; fill it"),
+        ("inf", "column 'inf' is -inf; fill it"),
         ("choices.text", "column 'choices.text' holds a list, not text; .* such as 'choices.text.0'"),
     ],
 )

@@ -13,7 +13,8 @@ from secura_lightning.cli.checkpoints import rebuild
 from secura_lightning.errors import ConfigError, SecuraError
 from secura_lightning.modeling import calibrate as module
 from secura_lightning.modeling.calibrate import Calibration, SelfCalibration
-from secura_lightning.module import ContinualModule, check_identity
+from secura_lightning.module import ContinualModule
+from secura_lightning.resumed import check_identity
 from tests.integration.conftest import Fit, fit_into
 
 CHANGES = {

@@ -42,7 +42,7 @@ class TableTask(BenchmarkTask):
         name: str,
         template: str,
         answer: str = "answer",
-        choices: list[str] | str | None = None,
+        choices: list[str | bool | int | float] | str | None = None,
         answer_is: Literal["text", "index", "letter"] = "text",
         metric: str | None = None,
         **kwargs: Any,
@@ -51,13 +51,13 @@ class TableTask(BenchmarkTask):
             raise ConfigError(f"task '{name}': init_args.metric is missing; name one, or give init_args.choices")
         if choices is None and answer_is != "text":
             raise ConfigError(f"task '{name}': init_args.answer_is: {answer_is} needs init_args.choices")
+        labels = _labels(choices, name)
         super().__init__(name=name, metric=metric or "accuracy", template=template, **kwargs)
         self.require_source()
         self.answer = answer
         self.answer_template = Template(answer, f"task '{name}': init_args.answer") if "{" in answer else None
         self.answer_is = answer_is
         self.choices_column = choices if isinstance(choices, str) else None
-        labels = choices if isinstance(choices, list) else []
         self.choice_templates = [Template(label, f"task '{name}': init_args.choices") for label in labels]
 
     def to_row(self, id: str, record: Record, split: Split) -> Row:
@@ -93,3 +93,14 @@ class TableTask(BenchmarkTask):
         if not 0 <= place < n:
             raise SecuraError(f"the answer {answer!r} is no {self.answer_is} of one of {n} choices")
         return place
+
+
+def _labels(choices: list[str | bool | int | float] | str | None, task: str) -> list[str]:
+    """The labels that are listed; what YAML took for something else than text is refused, not guessed back."""
+    listed = choices if isinstance(choices, list) else []
+    labels = [label for label in listed if isinstance(label, str)]
+    if len(labels) < len(listed):
+        other = next(label for label in listed if not isinstance(label, str))
+        kind = "truth value" if isinstance(other, bool) else "number"
+        raise ConfigError(f"task '{task}': init_args.choices: YAML reads a label as the {kind} {other}; quote them all")
+    return labels
