@@ -38,7 +38,7 @@ from secura_lightning.evaluation.evaluate import ProbeScore, evaluate_probe
 from secura_lightning.strategies.base import Strategy, strategies_of
 from secura_lightning.strategies.memory import Memory, as_if_ended
 from secura_lightning.strategies.ranks import most
-from secura_lightning.strategies.watch import ProbePart, retention, split_probe
+from secura_lightning.strategies.watch import Answers, ProbePart, answers_of, retention, retention_bound, split_probe
 
 
 class RetentionGuard(Strategy):
@@ -53,6 +53,9 @@ class RetentionGuard(Strategy):
         watch: Another probe to watch; the report then scores all of ``data.probe``.
         bisections: Steps of the bisection; t is found to 2 ** -bisections.
         batch_size: Sequences computed together.
+        confidence: Ask that the floor holds with this probability on questions like the watched ones, not on these
+            alone, which pass partly by luck: the lower end of an interval over them must reach it. Null: no more than
+            that the watched questions pass.
     """
 
     order: ClassVar[int] = 5  # at a task's end before those that remember where it ended
@@ -68,6 +71,7 @@ class RetentionGuard(Strategy):
         watch: Probe | None = None,
         bisections: int = 6,
         batch_size: int = 64,
+        confidence: float | None = None,
     ) -> None:
         name = "trainer.callbacks.RetentionGuard"
         if policy not in ("stop", "dial"):
@@ -75,6 +79,8 @@ class RetentionGuard(Strategy):
         for key, value, low in (("floor", floor, 0.0), ("share", share, 0.0)):
             if not low < value <= 1 or (key == "share" and value == 1):
                 raise ConfigError(f"{name}.{key} is {value}; it must lie between 0 and 1")
+        if confidence is not None and not 0.5 <= confidence < 1:
+            raise ConfigError(f"{name}.confidence is {confidence}; give a probability from 0.5 to below 1, or null")
         counts = {"every_n_steps": every_n_steps, "bisections": bisections, "batch_size": batch_size, "limit": limit}
         for key, count in counts.items():
             if count is not None and count < 1:
@@ -87,10 +93,12 @@ class RetentionGuard(Strategy):
         self.watch = watch
         self.bisections = bisections
         self.batch_size = batch_size
+        self.confidence = confidence
         self.normalise = False  # as the report does
         self.watched: Probe | None = None
         self.held_out: Probe | None = None  # what the report scores
         self.base: ProbeScore | None = None  # of the untouched base
+        self.answers: Answers = {}  # its score of every watched question
         self.good: dict[str, Tensor] = {}  # the adapters' state at the last check that kept the floor
         self.good_step = 0  # steps of the task that it has learned
         self.start: dict[str, Tensor] = {}  # the adapters' anchors as the task began
@@ -105,13 +113,14 @@ class RetentionGuard(Strategy):
     def state_dict(self) -> dict[str, Any]:
         """The base's score, the states to return to, and what was done so far."""
         base = self.base and {"kinds": dict(self.base.kinds), "perplexity": self.base.perplexity}
-        kept = ("good", "good_step", "start", "rows", "skipping")
+        kept = ("good", "good_step", "start", "rows", "skipping", "answers")
         return {"base": base, **{key: getattr(self, key) for key in kept}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue under the promise of a checkpoint."""
         for key in ("good", "good_step", "start", "rows", "skipping"):
             setattr(self, key, state_dict[key])
+        self.answers = state_dict.get("answers", {})  # which 0.1.0 did not keep
         then = state_dict["base"]
         if then is not None:
             self.base = ProbeScore("", dict(then["kinds"]), float("nan"), then["perplexity"], 0, 0, None)
@@ -119,8 +128,9 @@ class RetentionGuard(Strategy):
     def outcome(self) -> dict[str, Any]:
         """The promise, what it is kept by and what the report scores, and each task's retention (of what is watched),
         scale and steps."""
+        told = {"floor": self.floor, "policy": self.policy, "confidence": self.confidence}
         parts = {"watched": _size(self.watched), "held_out": _size(self.held_out)}
-        return {"guard": {"floor": self.floor, "policy": self.policy, **parts, "tasks": list(self.rows)}}
+        return {"guard": {**told, **parts, "tasks": list(self.rows)}}
 
     # ------------------------------------------------------------------- hooks
 
@@ -150,6 +160,11 @@ class RetentionGuard(Strategy):
         else:
             whole = data.probe.whole if isinstance(data.probe, ProbePart) else data.probe  # fitted before
             self.watched, data.probe = split_probe(whole, self.share)
+        if self.confidence is not None and not self.watched.rows():
+            raise ConfigError(
+                f"trainer.callbacks.RetentionGuard.confidence: the probe '{self.watched.name}' is text alone, and a "
+                "confidence is one over questions; set confidence: null"
+            )
         self.held_out = data.probe
         warnings.filterwarnings(
             "ignore", message=".*training_step. returned .None.*"
@@ -161,6 +176,7 @@ class RetentionGuard(Strategy):
         if self.base is None:
             with adapters.disabled():
                 self.base = self._score(trainer, pl_module)
+            self.answers = answers_of(self.base)
         self.skipping = False
         self.start = Memory(adapters).values if self.policy == "dial" else {}
         self._keep(adapters, 0)
@@ -179,11 +195,11 @@ class RetentionGuard(Strategy):
         done = plan.locate(batch_idx).step + 1
         if self.skipping or (batch_idx + 1) % plan.accumulate or plan.ends_task(batch_idx) or done % self.every_n_steps:
             return
-        value = self._retention(trainer, pl_module)
+        value, sure = self._retention(trainer, pl_module)
         _log(trainer, {"guard/retention": value, "guard/floor": self.floor})
         if self.policy == "dial":
             return
-        if value >= self.floor:
+        if sure >= self.floor:
             self._keep(_adapters(pl_module), done)
         else:
             self._stop(pl_module)
@@ -191,21 +207,19 @@ class RetentionGuard(Strategy):
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, index: int, task: Task) -> None:
         """See to it that the task ends above the floor."""
         steps = trainer.datamodule.plan.steps[index]  # type: ignore[attr-defined]
-        value, scale = self._retention(trainer, pl_module), 1.0
+        (value, sure), scale = self._retention(trainer, pl_module), 1.0
         before = value
-        if value >= self.floor:
+        if sure >= self.floor:
             learned = self.good_step if self.skipping else steps
         elif self.policy == "stop":
             self._stop(pl_module)
-            learned, value = self.good_step, self._retention(trainer, pl_module)
+            learned, (value, sure) = self.good_step, self._retention(trainer, pl_module)
         else:
-            scale, value = self._dial(trainer, pl_module)
+            scale, (value, sure) = self._dial(trainer, pl_module)
             learned = steps
         self.skipping = False
-        self.rows = [
-            *self.rows,
-            {"task": task.name, "retention": value, "undialled": before, "scale": scale, "steps": learned},
-        ]
+        told = {"task": task.name, "retention": value, "sure": sure, "undialled": before}
+        self.rows = [*self.rows, {**told, "scale": scale, "steps": learned}]
         scalars = {"retention": value, "floor": self.floor, "scale": scale, "steps": learned}
         _log(trainer, {f"guard/{name}": number for name, number in scalars.items()})
 
@@ -216,17 +230,17 @@ class RetentionGuard(Strategy):
         _adapters(pl_module).restore(self.good)
         self.skipping = True
 
-    def _dial(self, trainer: Trainer, pl_module: LightningModule) -> tuple[float, float]:
-        """Scale the task's change back; its scale, and retention there."""
+    def _dial(self, trainer: Trainer, pl_module: LightningModule) -> tuple[float, tuple[float, float]]:
+        """Scale the task's change back; its scale, and :meth:`_retention` there."""
         adapters = _adapters(pl_module)
         end = Memory(adapters)
         low, high = 0.0, 1.0
-        kept: float | None = None
+        kept: tuple[float, float] | None = None
         for _ in range(self.bisections):
             middle = (low + high) / 2
             move(adapters, self.start, end.values, middle)
-            value = self._retention(trainer, pl_module)
-            low, high, kept = (middle, high, value) if value >= self.floor else (low, middle, kept)
+            found = self._retention(trainer, pl_module)
+            low, high, kept = (middle, high, found) if found[1] >= self.floor else (low, middle, kept)
         if low == 0.0:
             adapters.restore(self.good)  # under this policy the task's start, exactly
             return low, self._retention(trainer, pl_module)
@@ -238,12 +252,16 @@ class RetentionGuard(Strategy):
         self.good = adapters.snapshot()
         self.good_step = step
 
-    def _retention(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        """Retention of what would be kept if the task ended now."""
+    def _retention(self, trainer: Trainer, pl_module: LightningModule) -> tuple[float, float]:
+        """Retention of what would be kept if the task ended now: on what is watched, and what of it is sure."""
         assert self.base is not None
         with as_if_ended(_adapters(pl_module)):
-            value = retention(self._score(trainer, pl_module), self.base)
-        return most(value, pl_module.model)  # type: ignore[arg-type]  # what ranks do about it must be the same
+            score = self._score(trainer, pl_module)
+        value = sure = retention(score, self.base)
+        if self.confidence is not None:
+            sure = retention_bound(answers_of(score), self.answers, self.confidence)
+        model: Any = pl_module.model
+        return most(value, model), most(sure, model)  # what ranks do about it must be the same
 
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> ProbeScore:
         assert self.watched is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,13 +25,13 @@ from secura_lightning.adapters import (
 from secura_lightning.data.rows import Row
 from secura_lightning.data.sequence import SequenceDataModule
 from secura_lightning.errors import ConfigError
-from secura_lightning.evaluation.evaluate import ProbeScore
+from secura_lightning.evaluation.evaluate import ProbeScore, RowResult
 from secura_lightning.modeling.calibrate import SelfCalibration
 from secura_lightning.strategies.base import Strategy
 from secura_lightning.strategies.ewc import EWC
 from secura_lightning.strategies.guard import RetentionGuard, move
 from secura_lightning.strategies.memory import Memory
-from secura_lightning.strategies.watch import retention, split_probe
+from secura_lightning.strategies.watch import retention, retention_bound, split_probe
 from tests.adapters.toy import IDS, adapted
 from tests.adapters.toy import move as add_noise
 from tests.evaluation.tiny import ListProbe
@@ -284,6 +285,45 @@ def test_is_logged_beside_its_floor(tmp_path: Path) -> None:
     assert report["meta"]["guard"]["tasks"] == guard.rows
 
 
+class ByAnswers(ByDistance):
+    """The same with forty questions, of which the first ones are still known."""
+
+    def _score(self, trainer: Trainer, pl_module: LightningModule) -> ProbeScore:
+        kept = super()._score(trainer, pl_module).accuracy
+        rows = [RowResult(str(i), "kind", "", "", "", float(i < 40 * kept)) for i in range(40)]
+        known = sum(row.score for row in rows) / 40
+        return ProbeScore("facts", {"kind": known}, known, None, 40, 0, None, None, rows)
+
+
+def test_a_confidence_asks_for_more_than_the_watched_questions(tmp_path: Path) -> None:
+    plain, sure = ByAnswers(0.8, "dial"), ByAnswers(0.8, "dial", confidence=0.95)
+    for guard in (plain, sure):
+        fit(tmp_path, [guard], data={"steps_per_task": [4], "probe": TinyProbe()})
+    assert plain.rows[0]["undialled"] == sure.rows[0]["undialled"] < 0.8
+    assert plain.rows[0]["sure"] == plain.rows[0]["retention"] == pytest.approx(0.8, abs=0.05)
+    assert sure.rows[0]["retention"] > sure.rows[0]["sure"] >= 0.8
+    assert 0 < sure.rows[0]["scale"] < plain.rows[0]["scale"]
+    assert sure.outcome()["guard"]["confidence"] == 0.95
+
+
+def test_the_bound_holds_as_often_as_it_says() -> None:
+    """Questions drawn from a world in which a fifth of what the base knew is forgotten."""
+    draws = np.random.default_rng(3)
+    above = 0
+    for _ in range(300):
+        base = {kind: (draws.random(40) < 0.9).astype(float).tolist() for kind in "abc"}
+        now = {kind: [x * float(draws.random() < 0.8) for x in scores] for kind, scores in base.items()}
+        above += retention_bound(now, base, 0.95, resamples=400) > 0.8
+    assert 0.01 <= above / 300 <= 0.08  # about one in twenty promises too much
+    same = {"a": [1.0, 0.0, 1.0], "unknown": [0.0, 0.0]}
+    assert retention_bound(same, same, 0.99) == 1.0
+
+
+def test_a_confidence_over_text_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"RetentionGuard\.confidence: the probe 'facts .*' is text alone"):
+        fit(tmp_path, [RetentionGuard(confidence=0.9)], data={**DATA, "probe": ListProbe([], ["one", "two", "three"])})
+
+
 def test_retention_is_relative_to_the_base_and_bounded() -> None:
     def score(perplexity: float | None = None, **kinds: float) -> ProbeScore:
         return ProbeScore("p", kinds, 0.0, perplexity, 1, 1, None)
@@ -305,6 +345,7 @@ def test_retention_is_relative_to_the_base_and_bounded() -> None:
         ({"policy": "pray"}, "choose stop or dial"),
         ({"every_n_steps": 0}, "every_n_steps is 0"),
         ({"limit": 0}, "limit is 0"),
+        ({"confidence": 1.0}, "confidence is 1.0"),
     ],
 )
 def test_bad_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
